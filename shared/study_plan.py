@@ -1,0 +1,315 @@
+"""The study plan: everything that the hospitals agree on before a scan is touched.
+
+A plan is a TOML file that a person writes and reads; parsed, it is frozen and rejects unknown keys. What
+is hashed and signed is its canonical JSON (RFC 8785). Only what affects privacy or the result is in it:
+performance settings are each site's own.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from shared.canonical import canonical_json, digest
+from shared.errors import CoordinatorError
+from shared.identity import VerifyKey
+
+MAX_PLAN_BYTES = 1024 * 1024
+MAX_SITES = 100
+
+Identifier = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+PublicKeyHex = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Sha256Hex = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+TrainableSubset = Literal["all", "attention", "conditioning", "low_rank"]
+Mode = Literal["distributed", "local", "unprotected"]
+
+
+class InvalidPlanError(CoordinatorError):
+    """The plan does not parse, or its clauses contradict one another."""
+
+
+class Clause(BaseModel):
+    """Base of all clauses: frozen, unknown keys rejected, finite numbers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class SiteEntry(Clause):
+    """One hospital of the roster."""
+
+    site_id: Identifier
+    identity_key: PublicKeyHex
+
+    @property
+    def verify_key(self) -> VerifyKey:
+        return VerifyKey.from_hex(self.identity_key)
+
+
+class RosterClause(Clause):
+    """Who takes part. The order of ``sites`` is the order of secret shares."""
+
+    coordinator_key: PublicKeyHex
+    officer_key: PublicKeyHex
+    sites: tuple[SiteEntry, ...] = Field(min_length=2, max_length=MAX_SITES)
+
+    @model_validator(mode="after")
+    def _unique(self) -> RosterClause:
+        ids = [site.site_id for site in self.sites]
+        keys = [site.identity_key for site in self.sites] + [self.coordinator_key, self.officer_key]
+        if len(set(ids)) != len(ids):
+            raise ValueError("a site id stands twice in the roster")
+        if len(set(keys)) != len(keys):
+            raise ValueError("the same key stands for two participants of the roster")
+        return self
+
+
+class DataClause(Clause):
+    """What a scan looks like for the generator. All of it is public."""
+
+    conditions: tuple[Identifier, ...] = Field(min_length=1, max_length=64)
+    rare_condition: Identifier
+    labels: tuple[Identifier, ...] = Field(min_length=1, max_length=16)
+    """Names of mask labels 1, 2, ...; 0 is background."""
+    grid_shape: tuple[int, int, int]
+    """Canonical grid in voxels (depth, height, width)."""
+    spacing_mm: tuple[float, float, float]
+    intensity_percentiles: tuple[float, float] = (0.5, 99.5)
+    """Each volume is scaled so that these percentiles of its own voxels become 0 and 1."""
+    simulated: bool = False
+    """True where every scan is simulated; the only data that mode ``unprotected`` may see."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DataClause:
+        if self.rare_condition not in self.conditions:
+            raise ValueError("rare_condition is not one of conditions")
+        if len(set(self.conditions)) != len(self.conditions):
+            raise ValueError("a condition stands twice")
+        if not all(8 <= side <= 512 for side in self.grid_shape):
+            raise ValueError("grid_shape: each side has 8 to 512 voxels")
+        if not all(0.05 <= step <= 20 for step in self.spacing_mm):
+            raise ValueError("spacing_mm: each spacing is 0.05 to 20 mm")
+        low, high = self.intensity_percentiles
+        if not 0 <= low < high <= 100:
+            raise ValueError("intensity_percentiles must ascend within 0..100")
+        return self
+
+
+class ModelClause(Clause):
+    """Networks, their public starting point, and how the server moves them."""
+
+    preset: Identifier
+    autoencoder_sha256: Sha256Hex
+    prior_sha256: Sha256Hex
+    trainable: TrainableSubset
+    dimension: int = Field(ge=1, le=2**31)
+    """d: number of privately trained parameters, the length of the aggregated vector."""
+    server_learning_rate: float = Field(default=1e-3, gt=0, le=10)
+    ema_decay: float = Field(default=0.9, ge=0, lt=1)
+    local_learning_rate: float = Field(default=1e-3, gt=0, le=10)
+    """Step of the local optimizer; modes ``local`` and ``unprotected`` only."""
+    sampling_steps: int = Field(default=30, ge=1, le=1000)
+    guidance_scale: float = Field(default=1.0, ge=0, le=20)
+
+
+class PrivacyClause(Clause):
+    """Differential privacy. The unit is the patient; there is no other."""
+
+    unit: Literal["patient"]
+    neighbouring: Literal["add_or_remove_one_patient"]
+    mode: Mode
+    epsilon: float | None = Field(gt=0, le=100)
+    """Total over training and audit, per patient, against the server, c sites and the world.
+    None (infinite) in mode ``unprotected`` and nowhere else."""
+    delta: float = Field(gt=0, lt=1e-2)
+    clip_norm: float = Field(gt=0, le=1e6)
+    sampling_rate: float = Field(default=1.0, gt=0, le=1)
+    draws_per_patient: int = Field(default=4, ge=1, le=1024)
+    declared_patients: int = Field(ge=1)
+    """Public, rounded number of members over all sites: the constant that sums are divided by."""
+    rounds: int = Field(ge=1, le=100_000)
+    max_attempts: int = Field(ge=1, le=200_000)
+    """Training attempts that may ever be charged: rounds plus the retry reserve."""
+    local_steps: int = Field(default=1, ge=1, le=100_000)
+    noise_multiplier: float = Field(ge=0, le=1e6)
+    """sigma: standard deviation, in units of the clip norm, of the noise that t - c honest shares add
+    up to (``distributed``), or of each site's own noise in each local step (``local``)."""
+    audit_noise_multiplier: float = Field(ge=0, le=1e6)
+    """The same for the audit's counts, in units of their sensitivity."""
+    max_audit_attempts: int = Field(default=2, ge=1, le=100)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PrivacyClause:
+        if self.max_attempts < self.rounds:
+            raise ValueError("max_attempts is smaller than rounds")
+        if (self.mode == "unprotected") != (self.epsilon is None):
+            raise ValueError("epsilon is left out (infinite) in mode unprotected and nowhere else")
+        if self.mode == "unprotected":
+            if self.noise_multiplier or self.audit_noise_multiplier:
+                raise ValueError("mode unprotected has no noise: both noise multipliers are 0")
+        elif self.noise_multiplier <= 0 or self.audit_noise_multiplier <= 0:
+            raise ValueError(f"mode {self.mode} needs noise multipliers above 0")
+        if self.mode == "distributed" and self.local_steps != 1:
+            raise ValueError("mode distributed takes one step a round: local_steps is 1")
+        return self
+
+
+class SecureAggregationClause(Clause):
+    """Thresholds and ranges of the masked sum."""
+
+    threshold: int = Field(ge=2, le=MAX_SITES)
+    """t: the smallest number of sites whose sum may be unmasked."""
+    max_colluding: int = Field(ge=1, le=MAX_SITES)
+    """c: how many sites may pool what they see with the server."""
+    modulus_bits: Literal[32, 64] = 32
+    grid_step: float = Field(gt=0)
+    """gamma: size of one integer step, in the units of the vector."""
+    clamp_steps: int = Field(ge=1)
+    """Bound on each coordinate of a site's noiseless vector, in grid steps."""
+
+
+class AuditClause(Clause):
+    """Membership inference, copies, and what their figures must be. Fixed before training."""
+
+    holdout_share: float = Field(default=1 / 3, gt=0, lt=1)
+    significance: float = Field(default=0.05, gt=0, lt=0.5)
+    """One level, split over all tests."""
+    timesteps: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8)
+    draws_per_timestep: int = Field(default=2, ge=1, le=256)
+    score_edges: tuple[float, ...]
+    """Ascending edges of the histogram of the primary attack's score (reference-calibrated loss)."""
+    control_edges: tuple[float, ...]
+    """The same for the controls' scores."""
+    copy_samples: int = Field(default=64, ge=0, le=100_000)
+    copy_distance: float = Field(gt=0)
+    """A member with a generated sample nearer than this, in the public embedding, counts as copied."""
+    max_copied_patients: int = Field(default=0, ge=0)
+    low_power: Literal["refuse", "accept"] = "refuse"
+    min_power: float = Field(default=0.5, ge=0, le=1)
+    """Power, against an attack of AUC ``power_at_auc``, below which the audit counts as blind."""
+    max_auc: float = Field(default=0.6, ge=0.5, lt=1)
+    """The gate refuses when the lower end of the pooled attack's AUC interval is above this."""
+    power_at_auc: float = Field(default=0.9, gt=0.5, lt=1)
+
+    @field_validator("score_edges", "control_edges")
+    @classmethod
+    def _ascending(cls, edges: tuple[float, ...]) -> tuple[float, ...]:
+        if not 1 <= len(edges) <= 64 or any(a >= b for a, b in itertools.pairwise(edges)):
+            raise ValueError("edges: 1 to 64 ascending numbers")
+        return edges
+
+
+class ReleaseClause(Clause):
+    """Who must say yes before a bundle leaves the consortium."""
+
+    site_approvals: int = Field(ge=1, le=MAX_SITES)
+    officer_approval: bool = True
+
+
+class StudyPlan(Clause):
+    """A whole plan. ``digest`` identifies it everywhere."""
+
+    format: Literal["lacuna/study-plan/v1"]
+    study_id: Identifier
+    title: str = Field(max_length=200)
+    roster: RosterClause
+    data: DataClause
+    model: ModelClause
+    privacy: PrivacyClause
+    secure_aggregation: SecureAggregationClause
+    audit: AuditClause
+    release: ReleaseClause
+
+    @model_validator(mode="after")
+    def _consistent(self) -> StudyPlan:
+        n, t, c = self.n_sites, self.secure_aggregation.threshold, self.secure_aggregation.max_colluding
+        if t > n:
+            raise ValueError(f"threshold {t} is larger than the number of sites {n}")
+        if 2 * t <= n + c:
+            raise ValueError(
+                f"threshold {t} is too small: t > (n + c)/2 = {(n + c) / 2:g} is needed, or a cheating "
+                "server could collect both secrets of one site"
+            )
+        if self.privacy.mode == "distributed" and t - c < 2:
+            raise ValueError(f"mode distributed needs threshold - max_colluding >= 2, not {t - c}")
+        if self.privacy.mode == "unprotected" and not self.data.simulated:
+            raise ValueError("mode unprotected is for simulated data only")
+        if self.release.site_approvals > n:
+            raise ValueError("release.site_approvals is larger than the number of sites")
+        return self
+
+    @property
+    def n_sites(self) -> int:
+        return len(self.roster.sites)
+
+    def canonical(self) -> bytes:
+        """RFC 8785 bytes: what is hashed and signed."""
+        return canonical_json(self.model_dump(mode="json"))
+
+    def digest(self) -> bytes:
+        """32 bytes that stand for exactly this plan."""
+        return digest("lacuna/study-plan/v1", self.canonical())
+
+    def site(self, site_id: str) -> SiteEntry:
+        """The roster's entry. Raises InvalidPlanError if there is none."""
+        for entry in self.roster.sites:
+            if entry.site_id == site_id:
+                return entry
+        raise InvalidPlanError(f"site {site_id!r} is not in the roster of study {self.study_id!r}")
+
+    def to_toml(self) -> str:
+        return tomli_w.dumps(_without_none(self.model_dump(mode="json")))
+
+
+def parse_plan(value: dict[str, Any], *, what: str) -> StudyPlan:
+    """Validate a parsed document.
+
+    Raises:
+        InvalidPlanError: names every clause that is wrong.
+    """
+    if isinstance(value.get("privacy"), dict):
+        value = {**value, "privacy": {"epsilon": None, **value["privacy"]}}
+    try:
+        return StudyPlan.model_validate(value)
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors():
+            place = ".".join(str(part) for part in problem["loc"]) or "plan"
+            lines.append(f"{place}: {re.sub('^Value error, ', '', problem['msg'])}")
+        raise InvalidPlanError(f"{what} is not a valid study plan:\n  " + "\n  ".join(lines)) from error
+
+
+def load_plan_toml(path: Path) -> StudyPlan:
+    """Read a plan from TOML. Raises InvalidPlanError."""
+    try:
+        data = path.read_bytes()
+        if len(data) > MAX_PLAN_BYTES:
+            raise InvalidPlanError(f"{path} is larger than {MAX_PLAN_BYTES} bytes: not a study plan")
+        value = tomllib.loads(data.decode("utf-8"))
+    except OSError as error:
+        raise InvalidPlanError(f"{path} cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InvalidPlanError(f"{path} is not TOML: {error}") from error
+    return parse_plan(value, what=str(path))
+
+
+def default_threshold(n_sites: int, max_colluding: int) -> int:
+    """floor((n + c)/2) + 1, the smallest threshold with t > (n + c)/2 (DESIGN section 6, rule 3)."""
+    return math.floor((n_sites + max_colluding) / 2) + 1
+
+
+def default_max_attempts(rounds: int) -> int:
+    """Rounds plus a retry reserve of max(3, 20%)."""
+    return rounds + max(3, math.ceil(rounds / 5))
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return value
