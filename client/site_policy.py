@@ -1,0 +1,192 @@
+"""The site's own policy: what this hospital agrees to, whatever a coordinator proposes.
+
+The policy is a TOML file that the hospital writes. A plan is approved only if every clause holds; a
+refusal names each clause that fails, with both figures. Peers are pinned by the fingerprints of their
+keys, verified between hospitals: a plan whose roster has a key that is not pinned is refused.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from shared.errors import RefusedError, SiteError
+from shared.identity import VerifyKey
+from shared.study_plan import Identifier, Mode, StudyPlan, TrainableSubset
+
+Fingerprint = Annotated[str, Field(pattern=r"^SHA256:([0-9a-f]{4}-){15}[0-9a-f]{4}$")]
+
+
+class InvalidPolicyError(SiteError):
+    """The policy file does not parse."""
+
+
+class PlanRefusedError(RefusedError):
+    """The plan breaks the site's policy; ``clauses`` lists every clause that fails."""
+
+    def __init__(self, study_id: str, clauses: tuple[str, ...]) -> None:
+        super().__init__(
+            f"plan of study {study_id!r} is refused by this site's policy:\n  - " + "\n  - ".join(clauses),
+            remedy="talk to the coordinator, or change policy.toml if this hospital agrees after all",
+        )
+        self.clauses = clauses
+
+
+class SitePolicy(BaseModel):
+    """Frozen; unknown keys are rejected."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    format: Literal["lacuna/site-policy/v1"] = "lacuna/site-policy/v1"
+    max_epsilon: float = Field(default=8.0, gt=0)
+    """Largest epsilon of one study."""
+    max_total_epsilon: float = Field(default=16.0, gt=0)
+    """Cap over all studies on this site's ledger, at ``max_delta``."""
+    max_delta: float = Field(default=1e-5, gt=0, lt=1e-2)
+    min_sites: int = Field(default=3, ge=2)
+    min_threshold: int = Field(default=3, ge=2)
+    min_colluding: int = Field(default=1, ge=1)
+    """Smallest max_colluding that a plan must tolerate."""
+    min_holdout_share: float = Field(default=0.1, ge=0, lt=1)
+    allowed_modes: tuple[Mode, ...] = ("distributed", "local")
+    allowed_presets: tuple[Identifier, ...] = ("micro", "tiny")
+    allowed_trainable: tuple[TrainableSubset, ...] = ("all", "attention", "conditioning", "low_rank")
+    allow_unprotected: bool = False
+    """True admits mode ``unprotected``, which plans may use with simulated data only."""
+    require_officer_approval: bool = True
+    coordinator_fingerprint: Fingerprint | None = None
+    officer_fingerprint: Fingerprint | None = None
+    peers: dict[Identifier, Fingerprint] = Field(default_factory=dict)
+
+    def refusals(self, plan: StudyPlan, *, own_site: str, own_key: VerifyKey) -> tuple[str, ...]:
+        """Every clause of this policy that the plan breaks, in words; empty if it may be approved."""
+        privacy, secagg = plan.privacy, plan.secure_aggregation
+        failed: list[str] = []
+
+        def check(holds: bool, clause: str) -> None:
+            if not holds:
+                failed.append(clause)
+
+        if privacy.mode == "unprotected":
+            check(self.allow_unprotected, "allow_unprotected: the plan has mode unprotected (no noise)")
+        else:
+            check(
+                privacy.mode in self.allowed_modes,
+                f"allowed_modes: plan has {privacy.mode!r}, policy allows {', '.join(self.allowed_modes)}",
+            )
+            check(
+                privacy.epsilon is not None and privacy.epsilon <= self.max_epsilon,
+                f"max_epsilon: plan has {privacy.epsilon}, policy allows at most {self.max_epsilon:g}",
+            )
+        check(
+            privacy.delta <= self.max_delta,
+            f"max_delta: plan has {privacy.delta:g}, policy allows at most {self.max_delta:g}",
+        )
+        check(plan.n_sites >= self.min_sites, f"min_sites: plan has {plan.n_sites}, policy {self.min_sites}")
+        check(
+            secagg.threshold >= self.min_threshold,
+            f"min_threshold: plan has {secagg.threshold}, policy wants at least {self.min_threshold}",
+        )
+        check(
+            secagg.max_colluding >= self.min_colluding,
+            f"min_colluding: plan has {secagg.max_colluding}, policy wants at least {self.min_colluding}",
+        )
+        check(
+            plan.audit.holdout_share >= self.min_holdout_share,
+            f"min_holdout_share: plan has {plan.audit.holdout_share:g}, policy {self.min_holdout_share:g}",
+        )
+        check(
+            plan.model.preset in self.allowed_presets,
+            f"allowed_presets: plan has {plan.model.preset!r}, "
+            f"policy allows {', '.join(self.allowed_presets)}",
+        )
+        check(
+            plan.model.trainable in self.allowed_trainable,
+            f"allowed_trainable: plan has {plan.model.trainable!r}",
+        )
+        check(
+            plan.release.officer_approval or not self.require_officer_approval,
+            "require_officer_approval: the plan lets a release pass without the compliance officer",
+        )
+        failed.extend(self._identity_refusals(plan, own_site=own_site, own_key=own_key))
+        return tuple(failed)
+
+    def _identity_refusals(self, plan: StudyPlan, *, own_site: str, own_key: VerifyKey) -> list[str]:
+        failed: list[str] = []
+        roster = plan.roster
+        for role, key_hex, pinned in (
+            ("coordinator", roster.coordinator_key, self.coordinator_fingerprint),
+            ("officer", roster.officer_key, self.officer_fingerprint),
+        ):
+            shown = VerifyKey.from_hex(key_hex).fingerprint
+            if pinned is None:
+                failed.append(f"{role}_fingerprint: not pinned; the plan's {role} key is {shown}")
+            elif pinned != shown:
+                failed.append(f"{role}_fingerprint: the plan's {role} key is {shown}, pinned is {pinned}")
+        if own_site not in {entry.site_id for entry in roster.sites}:
+            failed.append(f"roster: this site, {own_site!r}, is not in it")
+        for entry in roster.sites:
+            shown = entry.verify_key.fingerprint
+            if entry.site_id == own_site:
+                if entry.verify_key != own_key:
+                    failed.append(f"roster: the key given for this site ({shown}) is not this site's key")
+            elif entry.site_id not in self.peers:
+                failed.append(f"peers: {entry.site_id!r} is not pinned; the plan's key for it is {shown}")
+            elif self.peers[entry.site_id] != shown:
+                failed.append(
+                    f"peers: the plan's key for {entry.site_id!r} is {shown}, "
+                    f"pinned is {self.peers[entry.site_id]}"
+                )
+        return failed
+
+    def check(self, plan: StudyPlan, *, own_site: str, own_key: VerifyKey) -> None:
+        """Raise PlanRefusedError, naming every clause that fails."""
+        failed = self.refusals(plan, own_site=own_site, own_key=own_key)
+        if failed:
+            raise PlanRefusedError(plan.study_id, failed)
+
+    def pinned(self, name: str, fingerprint: str) -> SitePolicy:
+        """A copy with one more pin: ``coordinator``, ``officer``, or a peer's site id."""
+        value = self.model_dump()
+        if name in ("coordinator", "officer"):
+            value[f"{name}_fingerprint"] = fingerprint
+        else:
+            value["peers"] = {**self.peers, name: fingerprint}
+        return _validated(value, what=f"pin of {name!r}")
+
+
+def load_policy(path: Path) -> SitePolicy:
+    """Read policy.toml. Raises InvalidPolicyError naming the key that is wrong."""
+    try:
+        value = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InvalidPolicyError(f"{path} cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InvalidPolicyError(f"{path} is not TOML: {error}") from error
+    return _validated(value, what=str(path))
+
+
+def save_policy(policy: SitePolicy, path: Path) -> None:
+    """Write policy.toml atomically, mode 0600."""
+    value = {key: item for key, item in policy.model_dump(mode="json").items() if item is not None}
+    temporary = path.with_suffix(".part")
+    temporary.write_text(tomli_w.dumps(value), encoding="utf-8")
+    temporary.chmod(0o600)
+    temporary.replace(path)
+
+
+def _validated(value: object, *, what: str) -> SitePolicy:
+    try:
+        return SitePolicy.model_validate(value)
+    except ValidationError as error:
+        lines = [
+            f"{'.'.join(str(p) for p in problem['loc']) or 'policy'}: "
+            + re.sub("^Value error, ", "", problem["msg"])
+            for problem in error.errors()
+        ]
+        raise InvalidPolicyError(f"{what} is not a valid site policy:\n  " + "\n  ".join(lines)) from error

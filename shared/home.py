@@ -1,0 +1,39 @@
+"""Where state lives: ``LACUNA_HOME`` (default ``~/.lacuna``), private to its user."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from shared.errors import SiteError
+
+
+def lacuna_home() -> Path:
+    """The directory that ``LACUNA_HOME`` names, or ``~/.lacuna``."""
+    return Path(os.environ.get("LACUNA_HOME") or Path.home() / ".lacuna").expanduser().resolve()
+
+
+def private_directory(path: Path) -> Path:
+    """Make a directory with mode 0700, and its parents.
+
+    Raises:
+        SiteError: it cannot be made, or others may enter it.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if path.stat().st_mode & 0o077:
+            raise SiteError(f"directory {path} is open to other users", remedy=f"chmod 700 {path}")
+    except OSError as error:
+        raise SiteError(f"directory {path} cannot be made: {error.strerror}") from error
+    return path
+
+
+def write_private(path: Path, data: bytes) -> None:
+    """Write a file atomically and durably with mode 0600."""
+    temporary = path.with_name(path.name + ".part")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
