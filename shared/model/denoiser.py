@@ -1,0 +1,168 @@
+"""Denoiser: MONAI's 3D ``DiffusionModelUNet``, class conditional, with a null class for guidance.
+
+All normalisation is GroupNorm or LayerNorm, so that one patient's gradient never depends on another's scan;
+``opacus.validators.ModuleValidator`` accepts it, and tests hold its per-sample gradients against batches of
+one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from monai.networks.nets import DiffusionModelUNet
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from shared.errors import UsageError
+from shared.model.low_rank import insert_low_rank
+from shared.model.presets import ModelPreset
+
+TIMESTEP_SCALE = 1000.0
+"""The UNet's sinusoidal embedding expects timesteps of this range; ours are in [0, 1]."""
+
+CONDITION_INIT_STD = 0.02
+
+
+class ConditionEmbedding(nn.Module):
+    """Embedding table of the conditions and the null class, times a constant gain."""
+
+    def __init__(self, n_rows: int, dim: int, gain: float) -> None:
+        super().__init__()
+        self.gain = gain
+        self.table = nn.Embedding(n_rows, dim)
+        nn.init.normal_(self.table.weight, std=CONDITION_INIT_STD / gain)
+
+    def forward(self, condition_B: Tensor) -> Tensor:
+        """Rows of the table, [B, dim]."""
+        rows: Tensor = self.table(condition_B)
+        return rows * self.gain
+
+
+class Denoiser(nn.Module):
+    """Velocity field of the rectified flow: v(z_t, t, condition).
+
+    Args:
+        preset: Architecture.
+        n_conditions: Number of conditions; row ``n_conditions`` of the embedding is the null class.
+    """
+
+    def __init__(self, preset: ModelPreset, *, n_conditions: int) -> None:
+        super().__init__()
+        if not 1 <= n_conditions <= 1024:
+            raise UsageError(f"{n_conditions} conditions: at least 1 and at most 1024")
+        self.preset = preset
+        self.n_conditions = n_conditions
+        self.unet = DiffusionModelUNet(
+            spatial_dims=3,
+            in_channels=preset.latent_channels,
+            out_channels=preset.latent_channels,
+            num_res_blocks=preset.denoiser_res_blocks,
+            channels=preset.denoiser_channels,
+            attention_levels=preset.attention_levels,
+            norm_num_groups=preset.norm_groups,
+            num_head_channels=preset.head_channels,
+            num_class_embeds=n_conditions + 1,
+        )
+        self.unet.class_embedding = ConditionEmbedding(
+            n_conditions + 1, preset.denoiser_channels[0] * 4, preset.condition_gain
+        )
+
+    @property
+    def null_index(self) -> int:
+        """Row of the null class."""
+        return self.n_conditions
+
+    def forward(self, z_BCDHW: Tensor, t_B: Tensor, condition_B: Tensor) -> Tensor:
+        """Velocity v_BCDHW at noised latents, timesteps t_B in [0, 1] and condition rows (int64) [B]."""
+        velocity: Tensor = self.unet(z_BCDHW, timesteps=t_B * TIMESTEP_SCALE, class_labels=condition_B)
+        return velocity
+
+    @torch.no_grad()
+    def copy_condition(self, *, source: int, target: int) -> None:
+        """Initialise one condition's row as another's: the start for a condition never seen in public."""
+        table = self.unet.class_embedding.table.weight
+        table[target] = table[source]
+
+
+def build_denoiser(preset: ModelPreset, *, n_conditions: int, seed: int = 0) -> Denoiser:
+    """A freshly initialised denoiser; initialisation depends on the public seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Denoiser(preset, n_conditions=n_conditions)
+
+
+PRIVATE_SUBSETS: tuple[str, ...] = ("all", "attention", "conditioning", "low_rank")
+"""Which parameters may train privately; a plan names one."""
+
+NamedParameters = list[tuple[str, nn.Parameter]]
+
+
+def parameter_subset(denoiser: Denoiser, name: str) -> NamedParameters:
+    """Choose the parameters that train, and freeze all others.
+
+    - ``all``: every parameter;
+    - ``attention``: self-attention layers with their normalisation;
+    - ``conditioning``: condition embedding, timestep MLP, and each residual block's projection of them;
+    - ``low_rank``: adapters (:mod:`shared.model.low_rank`), inserted here where they are missing;
+      ``merge_low_rank`` gives the plain network back.
+
+    Call it before wrapping the network in Opacus' ``GradSampleModule``, which hooks only what trains.
+
+    Returns:
+        (name, parameter) in canonical order: sorted by name. Names and order depend on the preset alone.
+
+    Raises:
+        UsageError: there is no such subset.
+    """
+    if name not in PRIVATE_SUBSETS:
+        raise UsageError(f"no such parameter subset: {name!r}", remedy=f"choose one of {PRIVATE_SUBSETS}")
+    if name == "low_rank":
+        insert_low_rank(denoiser, denoiser.preset.low_rank)
+    chosen: NamedParameters = []
+    for parameter_name, parameter in sorted(denoiser.named_parameters(), key=lambda item: item[0]):
+        belongs = _belongs(parameter_name, name)
+        parameter.requires_grad_(belongs)
+        if belongs:
+            chosen.append((parameter_name, parameter))
+    return chosen
+
+
+def _belongs(parameter_name: str, subset: str) -> bool:
+    parts = set(parameter_name.split("."))
+    match subset:
+        case "attention":
+            return bool(parts & {"attentions", "attention"})
+        case "conditioning":
+            return bool(parts & {"class_embedding", "time_embed", "time_emb_proj"})
+        case "low_rank":
+            return bool(parts & {"down", "up"})
+        case _:
+            return True
+
+
+def flatten(params: NamedParameters) -> NDArray[np.float32]:
+    """All values in the given order, float32 [d]."""
+    if not params:
+        return np.zeros(0, dtype=np.float32)
+    return np.concatenate(
+        [parameter.detach().cpu().numpy().ravel() for _, parameter in params], dtype=np.float32
+    )
+
+
+@torch.no_grad()
+def assign(params: NamedParameters, vector: NDArray[Any]) -> None:
+    """Inverse of :func:`flatten`.
+
+    Raises:
+        UsageError: the vector is not float [d] with finite values; the parameters are then unchanged.
+    """
+    d = sum(parameter.numel() for _, parameter in params)
+    if vector.shape != (d,) or not np.isfinite(vector).all():
+        raise UsageError(f"vector of shape {vector.shape}: expected {d} finite values")
+    offset = 0
+    for _, parameter in params:
+        piece = np.ascontiguousarray(vector[offset : offset + parameter.numel()], dtype=np.float32)
+        parameter.copy_(torch.from_numpy(piece).view_as(parameter))
+        offset += parameter.numel()
