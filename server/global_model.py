@@ -1,0 +1,126 @@
+"""The global model as the server sees it: one flat vector, its optimizer, and its moving average.
+
+What arrives is the exact integer sum over the survivors of one attempt, already private; everything here
+is post-processing of it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from shared.checkpoint import load_tensors, save_tensors
+from shared.errors import CoordinatorError
+from shared.study_plan import StudyPlan
+
+Vector = NDArray[np.float32]
+
+
+class GlobalModel:
+    """Weights float32 [d], Adam (Kingma and Ba 2015, as in ``torch.optim``), EMA of the weights.
+
+    In mode ``distributed`` the sum is one of clipped gradients: divided by the declared number of
+    patients times q, a public constant, it is the average gradient that Adam steps along. In modes
+    ``local`` and ``unprotected`` it is one of weight deltas: divided by the number of survivors it is
+    added to the weights (FedAvg, McMahan et al. 2017, every site with equal weight).
+
+    Args:
+        plan: The signed plan.
+        initial: Starting weights [d].
+
+    Raises:
+        CoordinatorError: the vector does not have the plan's dimension.
+    """
+
+    def __init__(self, plan: StudyPlan, initial: Vector) -> None:
+        if initial.shape != (plan.model.dimension,):
+            raise CoordinatorError(
+                f"the prior gives {initial.shape} trainable parameters, the plan says {plan.model.dimension}"
+            )
+        self._plan = plan
+        self._weights = torch.from_numpy(initial.astype(np.float32, copy=True)).requires_grad_()
+        self._optimizer = torch.optim.Adam([self._weights], lr=plan.model.server_learning_rate)
+        self._ema = self._weights.detach().clone()
+        self.round = 0
+
+    @property
+    def weights(self) -> Vector:
+        return self._weights.detach().numpy().copy()
+
+    @property
+    def ema(self) -> Vector:
+        """Bias-free moving average; the candidate for release."""
+        return self._ema.numpy().copy()
+
+    def apply(self, total: NDArray[np.int64], *, n_survivors: int) -> None:
+        """Take one round's unmasked sum, in grid steps [d].
+
+        Raises:
+            CoordinatorError: the result is not finite; the weights are unchanged.
+        """
+        plan = self._plan
+        vector = total.astype(np.float64) * plan.secure_aggregation.grid_step
+        before = self._weights.detach().clone()
+        if plan.privacy.mode == "distributed":
+            average = vector / (plan.privacy.declared_patients * plan.privacy.sampling_rate)
+            self._weights.grad = torch.from_numpy(average.astype(np.float32))
+            self._optimizer.step()
+            self._weights.grad = None
+        else:
+            with torch.no_grad():
+                self._weights += torch.from_numpy((vector / n_survivors).astype(np.float32))
+        if not torch.isfinite(self._weights).all():
+            with torch.no_grad():
+                self._weights.copy_(before)
+            raise CoordinatorError("the step made weights that are not finite; it is not taken")
+        self.round += 1
+        # A constant decay would hold on to the prior in a study of a few dozen rounds.
+        decay = min(plan.model.ema_decay, self.round / (self.round + 9))
+        self._ema.lerp_(self._weights.detach(), 1 - decay)
+
+    def save(self, path: Path, metadata: dict[str, str]) -> str:
+        """Write weights, optimizer state and EMA; returns the file's SHA-256."""
+        state = self._optimizer.state.get(self._weights, {})
+        zeros = torch.zeros_like(self._ema)
+        tensors: dict[str, NDArray[Any]] = {
+            "weights": self.weights,
+            "ema": self.ema,
+            "adam.exp_avg": state.get("exp_avg", zeros).numpy(),
+            "adam.exp_avg_sq": state.get("exp_avg_sq", zeros).numpy(),
+            "adam.step": np.array([float(state.get("step", 0.0))], dtype=np.float32),
+        }
+        return save_tensors(
+            path,
+            tensors,
+            {**metadata, "round": str(self.round), "plan_sha256": self._plan.digest().hex()},
+        )
+
+    @classmethod
+    def restore(cls, plan: StudyPlan, path: Path) -> GlobalModel:
+        """Read a checkpoint.
+
+        Raises:
+            CoordinatorError: it is damaged, or of another plan.
+        """
+        tensors, metadata = load_tensors(path)
+        if metadata.get("plan_sha256") != plan.digest().hex():
+            raise CoordinatorError(f"checkpoint {path} belongs to another plan")
+        shape = (plan.model.dimension,)
+        for name in ("weights", "ema", "adam.exp_avg", "adam.exp_avg_sq"):
+            if name not in tensors or tensors[name].shape != shape or not np.isfinite(tensors[name]).all():
+                raise CoordinatorError(f"checkpoint {path} is damaged: tensor {name!r}")
+        model = cls(plan, tensors["weights"])
+        model._ema = torch.from_numpy(tensors["ema"].copy())
+        model.round = int(metadata["round"])
+        step = float(tensors["adam.step"][0])
+        if step > 0:
+            model._optimizer.state[model._weights] = {
+                "step": torch.tensor(step),
+                "exp_avg": torch.from_numpy(tensors["adam.exp_avg"].copy()),
+                "exp_avg_sq": torch.from_numpy(tensors["adam.exp_avg_sq"].copy()),
+            }
+        return model
