@@ -1,0 +1,1 @@
+"""What the Flower app bundle ships: two shims over the installed packages."""

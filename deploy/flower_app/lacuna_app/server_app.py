@@ -1,0 +1,5 @@
+"""The ServerApp: the round driver of the ``lacuna`` that the coordinator installed."""
+
+from server.server_app import app
+
+__all__ = ["app"]
