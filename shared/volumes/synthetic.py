@@ -1,0 +1,200 @@
+"""Synthetic scans on disk: image, mask and a sidecar that says what they are and where they come from.
+
+A pair is complete when its sidecar is there, and the sidecar is written last. Nothing is ever overwritten: a
+file that exists must have the very bytes that would be written, so that an interrupted run can go on and a
+different run cannot destroy the first one's results.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared.canonical import digest, parse_json
+from shared.checkpoint import file_sha256
+from shared.errors import MalformedMessageError, UsageError
+from shared.volumes.nifti import Spacing3, centred_affine, read_volume, write_volume
+
+DESCRIPTION = "SYNTHETIC (Lacuna generator), not a patient"
+MAX_SIDECAR_BYTES = 64 * 1024
+
+
+class OutputConflictError(UsageError):
+    """The output folder holds a file of the same name with other content."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """Everything that decides what a run's samples look like.
+
+    Attributes:
+        bundle_sha256: :func:`bundle_sha256` of the release.
+        study_id: Study that the release comes from.
+        condition: Name of the condition.
+        seed: Public seed; sample i depends on (seed, i).
+        sampler: Name of the sampling method.
+        steps: Sampling steps.
+        guidance_scale: Classifier-free guidance; 1 is none.
+        labels: Names of mask values 1, 2, ...
+    """
+
+    bundle_sha256: str
+    study_id: str
+    condition: str
+    seed: int
+    sampler: str
+    steps: int
+    guidance_scale: float
+    labels: tuple[str, ...]
+
+    def stem(self, index: int) -> str:
+        """Beginning of the names of sample ``index``'s files."""
+        return f"{self.condition}_seed{self.seed}_{index:05d}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyntheticPair:
+    """Files of one synthetic scan."""
+
+    image: Path
+    mask: Path
+    sidecar: Path
+
+
+def pair_paths(folder: Path, provenance: Provenance, index: int) -> SyntheticPair:
+    """Where sample ``index`` of a run lies."""
+    stem = provenance.stem(index)
+    return SyntheticPair(
+        image=folder / f"{stem}_image.nii.gz",
+        mask=folder / f"{stem}_mask.nii.gz",
+        sidecar=folder / f"{stem}.json",
+    )
+
+
+def is_complete(folder: Path, provenance: Provenance, index: int) -> bool:
+    """Whether a sample is there already, whole, and from the same run.
+
+    Raises:
+        OutputConflictError: the sidecar is from another bundle or other settings, or one of the files is
+            not the one that the sidecar describes.
+    """
+    pair = pair_paths(folder, provenance, index)
+    if not pair.sidecar.exists():
+        return False
+    try:
+        sidecar = parse_json(pair.sidecar.read_bytes(), what=str(pair.sidecar), max_bytes=MAX_SIDECAR_BYTES)
+        found = {path.name: file_sha256(path) for path in (pair.image, pair.mask)}
+    except MalformedMessageError as error:
+        raise OutputConflictError(str(error), remedy="choose an empty output folder") from error
+    expected = _sidecar(provenance, index, files=found)
+    if sidecar != expected:
+        differ = (
+            sorted(key for key in expected if sidecar.get(key) != expected[key])
+            if isinstance(sidecar, dict)
+            else ["everything"]
+        )
+        raise OutputConflictError(
+            f"{pair.sidecar}: of another run (other {', '.join(differ) or 'keys'})",
+            remedy="choose an empty output folder, or another seed",
+        )
+    return True
+
+
+def write_pair(
+    folder: Path,
+    provenance: Provenance,
+    index: int,
+    *,
+    image_DHW: NDArray[np.float32],
+    mask_DHW: NDArray[np.uint8],
+    spacing_mm: Spacing3,
+) -> SyntheticPair:
+    """Write image (float32), mask (uint8) and sidecar of one sample.
+
+    Axes run along R, A, S; the grid's centre is the world's origin. Header and sidecar both say synthetic.
+
+    Raises:
+        OutputConflictError: a file of that name exists with other content. It is left as it is.
+    """
+    pair = pair_paths(folder, provenance, index)
+    d, h, w = image_DHW.shape
+    affine = centred_affine((d, h, w), spacing_mm)
+    for path, voxels in ((pair.image, image_DHW), (pair.mask, mask_DHW)):
+
+        def write(partial: Path, voxels: NDArray[Any] = voxels) -> None:
+            write_volume(partial, voxels, affine=affine, description=DESCRIPTION)
+
+        _place(path, write)
+    files = {path.name: file_sha256(path) for path in (pair.image, pair.mask)}
+    text = json.dumps(_sidecar(provenance, index, files=files), indent=2, sort_keys=True) + "\n"
+    _place(pair.sidecar, lambda partial: _write_text(partial, text))
+    return pair
+
+
+def read_pair(pair: SyntheticPair) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+    """Image_DHW and mask_DHW of a written sample. Raises VolumeFileError."""
+    image, mask = read_volume(pair.image), read_volume(pair.mask)
+    return image.voxels_DHW.astype(np.float32), mask.voxels_DHW.astype(np.uint8)
+
+
+def bundle_sha256(bundle_dir: Path) -> str:
+    """Hexadecimal digest over the relative names and SHA-256 hashes of all files of a folder."""
+    files = sorted(
+        (path.relative_to(bundle_dir).as_posix(), path) for path in bundle_dir.rglob("*") if path.is_file()
+    )
+    parts = [part for name, path in files for part in (name.encode(), bytes.fromhex(file_sha256(path)))]
+    return digest("lacuna/bundle-files/v1", *parts).hex()
+
+
+def lacuna_version() -> str:
+    """Version of the installed distribution."""
+    try:
+        return version("lacuna")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _sidecar(provenance: Provenance, index: int, *, files: dict[str, str]) -> dict[str, Any]:
+    return {
+        "format": "lacuna/synthetic-scan/v1",
+        "synthetic": True,
+        "lacuna_version": lacuna_version(),
+        "bundle_sha256": provenance.bundle_sha256,
+        "study_id": provenance.study_id,
+        "condition": provenance.condition,
+        "seed": provenance.seed,
+        "sample_index": index,
+        "sampler": provenance.sampler,
+        "steps": provenance.steps,
+        "guidance_scale": provenance.guidance_scale,
+        "labels": {"0": "background"}
+        | {str(value): name for value, name in enumerate(provenance.labels, start=1)},
+        "files_sha256": files,
+    }
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _place(path: Path, write: Callable[[Path], None]) -> None:
+    """Write to the side and rename; keep an existing file if it has the same bytes, else refuse."""
+    partial = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        write(partial)
+        if not path.exists():
+            partial.replace(path)
+        elif file_sha256(path) != file_sha256(partial):
+            raise OutputConflictError(
+                f"{path}: exists with other content", remedy="choose an empty output folder, or another seed"
+            )
+    finally:
+        partial.unlink(missing_ok=True)
