@@ -1,10 +1,10 @@
 """Privacy events, and the epsilon they add up to.
 
 A ledger holds events; epsilons are computed from them, whenever somebody asks, by two accountants that share
-no code: Google's ``dp-accounting`` (privacy loss distributions, with its Renyi accountant as a cross-check) and,
-where every event has sampling rate 1, the closed form of the Gaussian mechanism (Balle and Wang, ICML 2018,
-Theorem 8), mu = sqrt(sum of steps / sigma^2) (Dong, Roth, Su 2022, Corollary 3.3). The larger of the tight
-figures counts. For sampling rates below 1 the agent holds Opacus' accountant against these, see
+no code: Google's ``dp-accounting`` (privacy loss distributions, with its Renyi accountant as a cross-check)
+and, where every event has sampling rate 1, the closed form of the Gaussian mechanism (Balle and Wang, ICML
+2018, Theorem 8), mu = sqrt(sum of steps / sigma^2) (Dong, Roth, Su 2022, Corollary 3.3). The larger of the
+tight figures counts. For sampling rates below 1 the agent holds Opacus' accountant against these, see
 :mod:`privacy.dp.second_accountant`.
 
 Neighbouring relation: one patient added or removed, all of the patient's scans at the site at once.
@@ -40,9 +40,9 @@ CLOSED_FORM_TOLERANCE = 2e-3
 RDP_BELOW_TOLERANCE = 1e-3
 RDP_ABOVE = (1.5, 0.3)
 RDP_ABOVE_SAMPLED = (4.0, 4.0)
-"""The Renyi figure is an upper bound, so it is at least (1 - 1e-3) times the tight one; and at most this factor
-of it plus this offset. Below sampling rate 1 it is so loose at few steps and small rates (2.3 where the truth
-is 0.04) that it catches gross errors only; there the tight second accountant is the agent's."""
+"""The Renyi figure is an upper bound, so it is at least (1 - 1e-3) times the tight one; and at most this
+factor of it plus this offset. Below sampling rate 1 it is so loose at few steps and small rates (2.3 where
+the truth is 0.04) that it catches gross errors only; there the tight second accountant is the agent's."""
 
 _MAX_STEPS = 10**9
 _RDP_ORDERS = (
@@ -232,7 +232,7 @@ def epsilon(events: Iterable[PrivacyEvent], delta: float, *, view: View = "world
 def _compose(
     groups: tuple[tuple[float, float, int], ...], delta: float
 ) -> tuple[float, float, float | None, float | None]:
-    """(pld, rdp, closed form, mu) of groups (sampling rate, noise multiplier, steps), checked for agreement."""
+    """(pld, rdp, closed form, mu) of groups (sampling rate, noise multiplier, steps), held together."""
     sampled = any(q < 1 for q, _, _ in groups)
     rdp_accountant = RdpAccountant(orders=_RDP_ORDERS_SAMPLED if sampled else _RDP_ORDERS)
     for q, sigma, steps in groups:

@@ -1,8 +1,8 @@
 """From a budget to noise and ranges: what ``lacuna coordinator plan new`` proposes.
 
-The split between training and audit is on mu^2, which is what adds up for Gaussian mechanisms: of the mu^2 that
-(epsilon, delta) allows, ``audit_share`` goes to the audit's attempts, all of them together, and the rest to
-training. Noise is calibrated for every attempt that may be charged (``max_attempts`` and
+The split between training and audit is on mu^2, which is what adds up for Gaussian mechanisms: of the mu^2
+that (epsilon, delta) allows, ``audit_share`` goes to the audit's attempts, all of them together, and the
+rest to training. Noise is calibrated for every attempt that may be charged (``max_attempts`` and
 ``max_audit_attempts``), with the same functions that check a plan: what is proposed passes ``check_plan``.
 """
 
@@ -174,9 +174,7 @@ def choose_ranges(execution: ExecutionPlan) -> ExecutionPlan:
     grid = _fine_grid(execution)
     for bits, coarser in ((32, 1.0), (32, 4.0), (32, 16.0), (64, 1.0)):
         step = grid * coarser
-        chosen = replace(
-            execution, grid_step=step, clamp_steps=math.ceil(largest / step), modulus_bits=bits
-        )
+        chosen = replace(execution, grid_step=step, clamp_steps=math.ceil(largest / step), modulus_bits=bits)
         if chosen.noise_share_steps >= MIN_SHARE_STEPS and chosen.wrap_probability <= MAX_WRAP_PROBABILITY:
             return _with_room_for_audit(chosen)
     raise UsageError("no grid fits clip norm, noise and dimension together")

@@ -10,11 +10,11 @@ distributions are tau-close when each event's probabilities differ by a factor o
 
 2. **One discrete Gaussian is a rounded continuous one.** Let Y ~ N(0, s^2 - r^2), and X the integer x drawn
    with probability proportional to exp(-(x - Y)^2 / (2 r^2)). The two Gaussians convolve exactly, and the sum
-   that normalises the second, taken over Z - Y, is r sqrt(2 pi) (1 +- e_r), e_r = 2 sum_j exp(-2 pi^2 r^2 j^2)
-   (Poisson summation). So P[X = x] = phi_s(x) / (1 +- e_r), and N_Z(0, s^2) at x is phi_s(x) / (1 +- e_s): they
-   are (2 e_r + 2 e_s)-close. (Peikert, CRYPTO 2010, Theorem 3.1; Micciancio and Walter, CRYPTO 2017.)
-   Rounding commutes with integer shifts: the mechanism "integer vector plus N_Z(0, s^2)" is tau-close to a
-   post-processing of "integer vector plus N(0, s^2 - r^2)".
+   that normalises the second, taken over Z - Y, is r sqrt(2 pi) (1 +- e_r), e_r = 2 sum_j exp(-2 pi^2 r^2
+   j^2) (Poisson summation). So P[X = x] = phi_s(x) / (1 +- e_r), and N_Z(0, s^2) at x is phi_s(x) / (1 +-
+   e_s): they are (2 e_r + 2 e_s)-close. (Peikert, CRYPTO 2010, Theorem 3.1; Micciancio and Walter, CRYPTO
+   2017.) Rounding commutes with integer shifts: the mechanism "integer vector plus N_Z(0, s^2)" is
+   tau-close to a post-processing of "integer vector plus N(0, s^2 - r^2)".
 
 So an integer mechanism is (epsilon + 2 tau, exp(tau) delta)-DP wherever the continuous Gaussian of variance
 s^2 - r^2 is (epsilon, delta)-DP, in any dimension d with tau = d (tau_sum + tau_rounding), also under Poisson

@@ -1,8 +1,8 @@
 """One object per study that yields sampler, clipper, grid, noise and accounting event together.
 
-Nothing else takes a sigma: the trainer, the ledger's charges, the offline checker and the calibration all read
-this object, so that the noise that is added and the event that is charged cannot disagree (the execution-plan
-pattern of google-deepmind/jax_privacy).
+Nothing else takes a sigma: the trainer, the ledger's charges, the offline checker and the calibration all
+read this object, so that the noise that is added and the event that is charged cannot disagree (the
+execution-plan pattern of google-deepmind/jax_privacy).
 
 Three modes, see DESIGN section 5:
 
@@ -39,7 +39,8 @@ MAX_WRAP_PROBABILITY = 2.0**-40
 """Bound, for each attempt, on the probability that the masked sum leaves the range of the modulus."""
 
 LOCAL_ROUNDING_SHARE = 2.0**-10
-"""Mode ``local``: grid of a step's gradient, such that rounding adds at most this share of C to sensitivity."""
+"""Mode ``local``: grid of a step's gradient, such that rounding adds at most this share of C to
+sensitivity."""
 
 MAX_COUNTS_SENSITIVITY = 1024.0
 """Largest L2 sensitivity of audit counts for which the ranges of a plan are checked."""
@@ -110,8 +111,8 @@ class ExecutionPlan:
 
     @property
     def gradient_grid_step(self) -> float:
-        """gamma of the grid that clipped sums are rounded to: the plan's, or, in mode ``local``, a power of two
-        of which gamma sqrt(d) is at most LOCAL_ROUNDING_SHARE of C."""
+        """gamma of the grid that clipped sums are rounded to: the plan's, or, in mode ``local``, a power of
+        two of which gamma sqrt(d) is at most LOCAL_ROUNDING_SHARE of C."""
         if self.mode != "local":
             return self.grid_step
         return power_of_two_at_most(self.clip * LOCAL_ROUNDING_SHARE / math.sqrt(self.dimension))
@@ -130,8 +131,9 @@ class ExecutionPlan:
 
     @property
     def noise_share_steps(self) -> float:
-        """Standard deviation, in steps of ``gradient_grid_step``, of the integer noise that a site adds to each
-        clipped sum: sigma C / sqrt(t - c) in mode ``distributed``, sigma C in ``local``, 0 in ``unprotected``.
+        """Standard deviation, in steps of ``gradient_grid_step``, of the integer noise that a site adds to
+        each clipped sum: sigma C / sqrt(t - c) in mode ``distributed``, sigma C in ``local``, 0 in
+        ``unprotected``.
         """
         if self.mode == "unprotected":
             return 0.0
@@ -242,8 +244,8 @@ def check_plan(plan: StudyPlan) -> ExecutionPlan:
         The checked execution plan.
 
     Raises:
-        InvalidPlanError: names each reason: a range that can wrap, a share of noise below MIN_SHARE_STEPS grid
-            steps, a sigma that does not reach ``privacy.epsilon`` over all training and audit attempts.
+        InvalidPlanError: names each reason: a range that can wrap, a share of noise below MIN_SHARE_STEPS
+            grid steps, a sigma that does not reach ``privacy.epsilon`` over all training and audit attempts.
     """
     execution = ExecutionPlan.from_study_plan(plan)
     problems = []
@@ -254,8 +256,8 @@ def check_plan(plan: StudyPlan) -> ExecutionPlan:
         if probability > MAX_WRAP_PROBABILITY:
             problems.append(
                 f"secure_aggregation: the {name} sum of {execution.n_sites} sites can leave the range of "
-                f"{execution.modulus_bits} bits (probability bound {probability:.2g} an attempt, at most 2^-40 "
-                "is allowed): fewer clamp_steps, a larger grid_step, or modulus_bits = 64"
+                f"{execution.modulus_bits} bits (probability {probability:.2g} an attempt, at most 2^-40 is "
+                "allowed): fewer clamp_steps, a larger grid_step, or modulus_bits = 64"
             )
     if execution.mode != "unprotected":
         try:

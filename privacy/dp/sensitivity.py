@@ -6,16 +6,18 @@ exact sums differ by one clipped gradient; computed in binary64 (u = 2^-53):
 - **clip**: the norm of d float32 or float64 entries and the scaled vector carry relative error gamma_{d+8},
   gamma_n = n u / (1 - n u) (Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 3.1), so a
   clipped gradient has norm at most C (1 + eta), eta = gamma_{d+8};
-- **sum**: a sum of N terms, in any order, with or without fused multiply-add, errs by at most gamma_{N+2} times
-  the sum of the terms' absolute values (Higham, section 4.2; two more for the scaling and the division by the
-  grid step), so by at most gamma_{N+2} N C (1 + eta) in L2. Each of the two neighbours errs, hence twice that;
-- **rounding**: to the nearest integer, |round(a) - round(b)| <= |a - b| + 1 in each coordinate (half a step of
-  error on either side, and the two may point away from each other), hence gamma sqrt(d) in L2. This is tight:
-  a patient who moves every coordinate by next to nothing across the middle between two integers moves each by 1;
+- **sum**: a sum of N terms, in any order, with or without fused multiply-add, errs by at most gamma_{N+2}
+  times the sum of the terms' absolute values (Higham, section 4.2; two more for the scaling and the
+  division by the grid step), so by at most gamma_{N+2} N C (1 + eta) in L2. Each of the two neighbours
+  errs, hence twice that;
+- **rounding**: to the nearest integer, |round(a) - round(b)| <= |a - b| + 1 in each coordinate (half a step
+  of error on either side, and the two may point away from each other), hence gamma sqrt(d) in L2. This is
+  tight: a patient who moves every coordinate by next to nothing across the middle between two integers
+  moves each by 1;
 - **clamp**: 1-Lipschitz in each coordinate, adds nothing.
 
-Not in this bound: how one patient's float32 gradient depends on the patients beside it in a batch. The trainer
-removes that dependence (fixed microbatch shapes, see :mod:`privacy.dp.patient_gradients`).
+Not in this bound: how one patient's float32 gradient depends on the patients beside it in a batch. The
+trainer removes that dependence (fixed microbatch shapes, see :mod:`privacy.dp.patient_gradients`).
 """
 
 from __future__ import annotations
