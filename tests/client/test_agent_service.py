@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -42,6 +42,14 @@ def echo(envelope: Envelope, peer: AgentPeer) -> Envelope:
     return Envelope("echo", {"uid": peer.uid, "pid": peer.pid, **envelope.body}, envelope.blobs)
 
 
+def recorder(calls: list[Envelope]) -> Callable[[Envelope, AgentPeer], Envelope]:
+    def handle(envelope: Envelope, peer: AgentPeer) -> Envelope:
+        calls.append(envelope)
+        return envelope
+
+    return handle
+
+
 @pytest.fixture
 def folder() -> Iterator[Path]:
     # Short: a socket path has at most 100 bytes, which pytest's own tmp_path may exceed.
@@ -56,8 +64,14 @@ def ask_as(uid: int, path: Path) -> subprocess.CompletedProcess[str]:
         "import os\n"
         "from pathlib import Path\n"
         "from client.agent_link import UnixAddress, exchange\n"
+        "from client.agent_service import AgentServer\n"
         "from shared.wire import Envelope\n"
-        # Only now: the interpreter's own files may be out of that uid's reach.
+        # One exchange with itself loads all modules; the interpreter's files may be out of that uid's reach.
+        f"warm = Path({str(path.parent.parent / 'warm' / 'w.sock')!r})\n"
+        "server = AgentServer(lambda envelope, peer: envelope)\n"
+        "server.listen_unix(warm)\n"
+        "with server:\n"
+        "    exchange(Envelope('ping', {}), UnixAddress(path=warm), timeout_s=5)\n"
         f"os.setgroups([]); os.setgid({uid}); os.setuid({uid})\n"
         f"address = UnixAddress(path=Path({str(path)!r}), owner_uids=frozenset({{0}}))\n"
         "try:\n"
@@ -121,7 +135,7 @@ def test_a_stranger_outside_the_group_is_stopped_by_the_file_system(folder: Path
 
 def test_the_inner_socket_serves_nobody_who_did_not_come_through_the_front(folder: Path) -> None:
     calls: list[Envelope] = []
-    server = AgentServer(lambda envelope, peer: calls.append(envelope) or envelope)
+    server = AgentServer(recorder(calls))
     server.listen_unix(folder / "a.sock")
     with server:
         reply = exchange(PING, UnixAddress(path=folder / ".a.sock.d" / "g"), timeout_s=5)
@@ -173,7 +187,7 @@ def raw_exchange(path: Path, chunks: list[bytes]) -> bytes:
 
 def test_large_and_malformed_requests_are_refused_by_name(folder: Path) -> None:
     calls: list[Envelope] = []
-    server = AgentServer(lambda envelope, peer: calls.append(envelope) or envelope, max_frame_bytes=2_000_000)
+    server = AgentServer(recorder(calls), max_frame_bytes=2_000_000)
     server.listen_unix(folder / "a.sock")
     with server:
         assert exchange(PING, UnixAddress(path=folder / "a.sock"), timeout_s=9).body["reason"] == "too_large"
@@ -197,7 +211,12 @@ def test_an_oversized_reply_is_cut_off(folder: Path) -> None:
 
 def test_the_courier_learns_within_its_time_that_the_agent_is_slow(folder: Path) -> None:
     leave = threading.Event()
-    server = AgentServer(lambda envelope, peer: leave.wait(10) and envelope or envelope)
+
+    def patient(envelope: Envelope, peer: AgentPeer) -> Envelope:
+        leave.wait(10)
+        return envelope
+
+    server = AgentServer(patient)
     server.listen_unix(folder / "a.sock")
     started = time.monotonic()
     with server:
@@ -249,9 +268,9 @@ def test_an_agent_that_is_down_or_dies_is_unreachable(folder: Path) -> None:
         assert exchange(PING, address, timeout_s=5).kind == "echo"
 
 
-def wait_for(condition: object, timeout_s: float = 20.0) -> None:
+def wait_for(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
     deadline = time.monotonic() + timeout_s
-    while not condition():  # type: ignore[operator]
+    while not condition():
         assert time.monotonic() < deadline, "timed out"
         time.sleep(0.02)
 

@@ -1,0 +1,1 @@
+"""A driver that sends blobs to echo agents."""
