@@ -83,7 +83,7 @@ class PretrainingRecipe:
     autoencoder: TrainingSchedule
     prior: TrainingSchedule
     loss_weights: AutoencoderLossWeights = AutoencoderLossWeights()
-    autoencoder_augmentation: Augmentation = Augmentation(zoom=(0.85, 1.7), stretch=0.08, shift=0.05)
+    autoencoder_augmentation: Augmentation = Augmentation(zoom=(0.9, 1.4), stretch=0.08, shift=0.05)
     prior_augmentation: Augmentation = Augmentation()
     copies: int = 4
     held_out_share: float = 0.15
@@ -93,8 +93,10 @@ def default_recipe(preset: ModelPreset, *, seed: int) -> PretrainingRecipe:
     """Schedules that one core finishes in minutes (micro), two cores in about twenty minutes (tiny)."""
     if preset.name == "micro":
         return PretrainingRecipe(
-            autoencoder=TrainingSchedule(steps=1800, batch_size=8, learning_rate=2e-3, seed=seed, ema_decay=0.99),
-            prior=TrainingSchedule(steps=1400, batch_size=64, learning_rate=2e-3, seed=seed, ema_decay=0.99),
+            autoencoder=TrainingSchedule(
+                steps=1800, batch_size=8, learning_rate=2e-3, seed=seed, ema_decay=0.99
+            ),
+            prior=TrainingSchedule(steps=1000, batch_size=64, learning_rate=2e-3, seed=seed),
         )
     return PretrainingRecipe(
         autoencoder=TrainingSchedule(steps=1500, batch_size=8, learning_rate=1e-3, seed=seed),
@@ -142,7 +144,9 @@ def pretrain(
     state_dir = out_dir / "state"
     state_dir.mkdir(parents=True, exist_ok=True)
     fingerprint = _data_sha256(image_N1DHW, mask_NDHW, condition_N)
-    states = {stage: state_dir / f"{stage}-{fingerprint[:16]}.safetensors" for stage in ("autoencoder", "prior")}
+    states = {
+        stage: state_dir / f"{stage}-{fingerprint[:16]}.safetensors" for stage in ("autoencoder", "prior")
+    }
     if not resume:
         for path in states.values():
             path.unlink(missing_ok=True)
@@ -252,7 +256,9 @@ def reconstruction_figures(
     }
     for value, name in enumerate(labels, start=1):
         a, b = output_NDHW == value, mask_NDHW == value
-        overlap_N = (2.0 * (a & b).sum(dim=(1, 2, 3)) + 1e-6) / (a.sum(dim=(1, 2, 3)) + b.sum(dim=(1, 2, 3)) + 1e-6)
+        overlap_N = (2.0 * (a & b).sum(dim=(1, 2, 3)) + 1e-6) / (
+            a.sum(dim=(1, 2, 3)) + b.sum(dim=(1, 2, 3)) + 1e-6
+        )
         figures[f"dice_{name}"] = float(overlap_N.mean())
     return {name: round(value, 4) for name, value in figures.items()}
 
@@ -266,9 +272,7 @@ def public_phantoms(*, n_patients: int, seed: int, fractions: dict[str, float]) 
             image=normalise_intensity(scan.image),
             mask=scan.mask,
         )
-        for scan in phantom.simulate_cohort(
-            n_patients=n_patients, conditions_fractions=fractions, seed=seed
-        )
+        for scan in phantom.simulate_cohort(n_patients=n_patients, conditions_fractions=fractions, seed=seed)
     ]
 
 
@@ -278,7 +282,12 @@ MICRO_DATA_SEED = 20_001
 
 
 def pretrain_micro(
-    out_dir: Path, *, seed: int = 7, progress: Progress | None = None, resume: bool = True, steps_factor: float = 1.0
+    out_dir: Path,
+    *,
+    seed: int = 7,
+    progress: Progress | None = None,
+    resume: bool = True,
+    steps_factor: float = 1.0,
 ) -> PretrainedPair:
     """Reproduce the pair that ships for the simulated volumes: public phantoms, no rare condition among them.
 

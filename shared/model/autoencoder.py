@@ -17,6 +17,8 @@ from torch.nn import functional as F
 from shared.errors import UsageError
 from shared.model.presets import ModelPreset
 
+INITIAL_LOG_VARIANCE = -5.0
+
 
 class LatentAutoencoder(nn.Module):
     """Encode image and mask to a normalised latent, decode a latent to image and mask.
@@ -52,6 +54,9 @@ class LatentAutoencoder(nn.Module):
             with_encoder_nonlocal_attn=False,
             with_decoder_nonlocal_attn=False,
         )
+        # MONAI's posterior starts with a deviation of about 1, above its mean's: hundreds of steps of noise.
+        nn.init.zeros_(self.network.quant_conv_log_sigma.conv.weight)
+        nn.init.constant_(self.network.quant_conv_log_sigma.conv.bias, INITIAL_LOG_VARIANCE)
         self.register_buffer("latent_mean_C", torch.zeros(preset.latent_channels))
         self.register_buffer("latent_std_C", torch.ones(preset.latent_channels))
 

@@ -75,6 +75,7 @@ class AutoencoderLossWeights:
     """Weights of the autoencoder's loss terms, each a mean over voxels or latent elements.
 
     Attributes:
+        image: L1 distance of the image. Well above the mask's, or the latents describe the mask alone.
         gradient: L1 distance of finite differences (edges).
         texture: L1 distance of the local standard deviation in 3^3 neighbourhoods of what a 3^3 mean leaves
             over. A pointwise loss answers unpredictable texture with its mean, which is smooth; this term
@@ -83,10 +84,11 @@ class AutoencoderLossWeights:
         kl: Kullback-Leibler divergence of the posterior from N(0, 1), per latent element.
     """
 
-    gradient: float = 0.5
-    texture: float = 0.5
-    mask: float = 0.5
-    kl: float = 1e-3
+    image: float = 4.0
+    gradient: float = 1.0
+    texture: float = 1.0
+    mask: float = 1.0
+    kl: float = 1e-4
 
 
 def augment(
@@ -131,10 +133,13 @@ def reconstruction_loss(
     if posterior_noise_BCDHW is not None:
         raw_BCDHW = mean_BCDHW + std_BCDHW * posterior_noise_BCDHW
     output_B1DHW, logits_BKDHW = autoencoder.decode_logits(raw_BCDHW)
-    loss = (output_B1DHW - image_B1DHW).abs().mean()
+    loss = weights.image * (output_B1DHW - image_B1DHW).abs().mean()
     if weights.gradient:
         for axis in (2, 3, 4):
-            loss = loss + weights.gradient * (output_B1DHW.diff(dim=axis) - image_B1DHW.diff(dim=axis)).abs().mean()
+            loss = (
+                loss
+                + weights.gradient * (output_B1DHW.diff(dim=axis) - image_B1DHW.diff(dim=axis)).abs().mean()
+            )
     if weights.texture:
         loss = loss + weights.texture * (local_std(output_B1DHW) - local_std(image_B1DHW)).abs().mean()
     target_BDHW = mask_BDHW.long()
@@ -256,7 +261,9 @@ def train_denoiser(
             best.update({name: tensor.clone() for name, tensor in denoiser.state_dict().items()})
         history.append((step, loss))
 
-    _train("prior", denoiser, step_loss, schedule, progress, state_path, evaluate=evaluate, kept=(history, best))
+    _train(
+        "prior", denoiser, step_loss, schedule, progress, state_path, evaluate=evaluate, kept=(history, best)
+    )
     denoiser.load_state_dict(best)
     return history
 
@@ -324,7 +331,9 @@ def _train(
     average = _Average(schedule.ema_decay, [p.detach().clone() for p in parameters])
     state = _ResumableState(state_path, stage, schedule, module, optimizer, average, kept)
     for step in range(state.load(), schedule.steps):
-        rate = min(1.0, (step + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / schedule.steps)))
+        rate = min(1.0, (step + 1) / 50) * (
+            0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / schedule.steps))
+        )
         for group in optimizer.param_groups:
             group["lr"] = schedule.learning_rate * rate
         generator = torch.Generator().manual_seed(_step_seed(schedule.seed, stage, step))

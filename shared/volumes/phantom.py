@@ -228,8 +228,8 @@ def _acquire(
     mask = np.zeros(grid_shape, dtype=np.uint8)
     mask[in_organ] = ORGAN
     mask[in_lesion] = LESION
-    tissue = _partial_volume((head - 0.87) / 0.87, anatomy.head, spacing_mm)
-    image = 0.85 * _partial_volume(head - 1.0, anatomy.head, spacing_mm) * (1.0 - tissue)
+    tissue = _partial_volume(head - 0.82, anatomy.head, spacing_mm)
+    image = 0.62 * _partial_volume(head - 1.0, anatomy.head, spacing_mm) * (1.0 - tissue)
     image += tissue * (0.28 + 0.035 * anatomy.texture)
     organ_part = _partial_volume(organ - 1.0, anatomy.organ, spacing_mm)
     image += organ_part * (anatomy.organ_intensity - 0.28)
