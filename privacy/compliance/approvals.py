@@ -1,4 +1,4 @@
-"""Release approvals: a site's or the officer's signature over one gate decision.
+"""Approvals: a site's signature over the plan, a site's or the officer's over one gate decision.
 
 What is signed is the SHA-256 of the decision's bytes, so an approval can serve no other decision, candidate
 or study. Whoever signs re-checks first that the decision is one of the plan's coordinator, for this plan,
@@ -20,6 +20,8 @@ from shared.study_plan import StudyPlan
 
 DECISION_PREDICATE = "gate-decision/v1"
 APPROVAL_PREDICATE = "release-approval/v1"
+PLAN_APPROVAL_PREDICATE = "plan-approval/v1"
+PLAN_NAME = "attestations/plan.json"
 DECISION_NAME = "attestations/gate-decision.dsse.json"
 
 Role = Literal["site", "officer"]
@@ -54,6 +56,36 @@ class ApprovalCount:
     @property
     def bound(self) -> str:
         return f">= {self.needed_sites} sites" + (" and the officer" if self.needs_officer else "")
+
+
+def approve_plan(plan: StudyPlan, *, key: SigningKey, site_id: str) -> bytes:
+    """A site's ``plan-approval/v1`` envelope: it checked this plan against its policy and agrees.
+
+    Raises:
+        UsageError: the key is not the one that the plan names for the site.
+    """
+    if key.verify_key.hex() != plan.site(site_id).identity_key:
+        raise UsageError(f"the key given is not the one that the plan names for site {site_id!r}")
+    statement = Statement(
+        predicate_type=PLAN_APPROVAL_PREDICATE,
+        subjects=(Subject(name=PLAN_NAME, sha256=sha256_hex(plan.canonical())),),
+        predicate={"study_id": plan.study_id, "plan_sha256": plan.digest().hex(), "site_id": site_id},
+    )
+    return sign_statement(statement, key)
+
+
+def check_plan_approval(approval: bytes, *, plan: StudyPlan, site_id: str) -> None:
+    """Verify that this site approved exactly this plan. Raises EvidenceError."""
+    what = f"plan approval of site {site_id}"
+    statement = open_signed(
+        approval,
+        key=plan.site(site_id).identity_key,
+        predicate_type=PLAN_APPROVAL_PREDICATE,
+        what=what,
+    )
+    expected = {"study_id": plan.study_id, "plan_sha256": plan.digest().hex(), "site_id": site_id}
+    if statement.subjects != {PLAN_NAME: sha256_hex(plan.canonical())} or statement.predicate != expected:
+        raise EvidenceError(f"{what}: it approves another plan")
 
 
 def open_decision(decision: bytes, *, plan: StudyPlan) -> SignedStatement:
