@@ -16,7 +16,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,9 @@ class PublicVolume:
     mask: NDArray[np.uint8]
 
 
+WIDE_AUGMENTATION = Augmentation(zoom=(0.9, 1.4), stretch=0.08, shift=0.05)
+
+
 @dataclass(frozen=True, kw_only=True)
 class PretrainingRecipe:
     """Everything that decides the result besides the volumes.
@@ -82,9 +85,9 @@ class PretrainingRecipe:
 
     autoencoder: TrainingSchedule
     prior: TrainingSchedule
-    loss_weights: AutoencoderLossWeights = AutoencoderLossWeights()
-    autoencoder_augmentation: Augmentation = Augmentation(zoom=(0.9, 1.4), stretch=0.08, shift=0.05)
-    prior_augmentation: Augmentation = Augmentation()
+    loss_weights: AutoencoderLossWeights = field(default_factory=AutoencoderLossWeights)
+    autoencoder_augmentation: Augmentation = WIDE_AUGMENTATION
+    prior_augmentation: Augmentation = field(default_factory=Augmentation)
     copies: int = 4
     held_out_share: float = 0.15
 

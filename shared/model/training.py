@@ -155,7 +155,7 @@ def reconstruction_loss(
 
 
 def local_std(image_B1DHW: Tensor) -> Tensor:
-    """Local strength of fine texture: standard deviation, over 3^3 voxels, of the image minus its 3^3 mean."""
+    """Strength of fine texture: standard deviation, over 3^3 voxels, of the image minus its 3^3 mean."""
     detail = image_B1DHW - F.avg_pool3d(image_B1DHW, 3, stride=1, padding=1, count_include_pad=False)
     power = F.avg_pool3d(detail.square(), 3, stride=1, padding=1, count_include_pad=False)
     return (power + 1e-6).sqrt()
@@ -325,7 +325,7 @@ def _train(
     evaluate: Callable[[int], None] | None = None,
     kept: tuple[list[tuple[int, float]], dict[str, Tensor]] | None = None,
 ) -> None:
-    """AdamW with warm-up, cosine decay, gradient clipping and EMA; ends with the averaged weights in place."""
+    """AdamW with warm-up, cosine decay, gradient clipping and EMA; ends with the averaged weights."""
     parameters = list(module.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=schedule.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
     average = _Average(schedule.ema_decay, [p.detach().clone() for p in parameters])

@@ -1,4 +1,4 @@
-"""The one intensity normalisation, used wherever a scan enters a network: per volume, no shared statistics."""
+"""The one intensity normalisation, used wherever a scan enters a network: by the volume itself."""
 
 from __future__ import annotations
 
@@ -32,4 +32,5 @@ def normalise_intensity(
     low, high = np.percentile(image, percentiles)
     if not high > low:
         return np.zeros(image.shape, dtype=np.float32)
-    return np.clip((image.astype(np.float64) - low) / (high - low), 0.0, 1.0).astype(np.float32)
+    scaled: NDArray[np.float64] = np.clip((image.astype(np.float64) - low) / (high - low), 0.0, 1.0)
+    return scaled.astype(np.float32)

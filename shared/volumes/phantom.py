@@ -97,7 +97,8 @@ class _Ellipsoid:
         surface = np.ones_like(radius)
         for bump in self.bumps:
             surface += bump[4] * np.sin(3.0 * np.tensordot(bump[:3], unit, axes=1) + bump[3])
-        return radius / surface
+        level: NDArray[np.float64] = radius / surface
+        return level
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,7 +219,7 @@ def _acquire(
     grid_shape: tuple[int, int, int],
     spacing_mm: tuple[float, float, float],
 ) -> tuple[FloatVolume, MaskVolume]:
-    """One scan: a small rigid pose, then intensities with partial volumes, bias field, gain and Rician noise."""
+    """One scan: a rigid pose, intensities with partial volumes, bias field, gain and Rician noise."""
     points = _posed_points(rng, grid_shape, spacing_mm)
     head, organ, lesion = (part.level(points) for part in (anatomy.head, anatomy.organ, anatomy.lesion))
     in_organ = organ < 1.0
@@ -247,7 +248,8 @@ def _partial_volume(
 ) -> NDArray[np.float64]:
     """Share of each voxel inside a surface, from the relative distance to it (negative inside)."""
     distance_mm = depth * float(part.semi_axes_mm.mean())
-    return np.clip(0.5 - distance_mm / (1.2 * min(spacing_mm)), 0.0, 1.0)
+    share: NDArray[np.float64] = np.clip(0.5 - distance_mm / (1.2 * min(spacing_mm)), 0.0, 1.0)
+    return share
 
 
 def _posed_points(

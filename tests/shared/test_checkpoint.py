@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from pathlib import Path
@@ -120,10 +121,8 @@ def test_duplicate_names_and_absurd_lengths_are_refused() -> None:
 @settings(max_examples=300, deadline=None)
 @given(st.binary(max_size=200))
 def test_random_bytes_give_our_error_or_nothing_else(data: bytes) -> None:
-    try:
+    with contextlib.suppress(MalformedMessageError):
         parse_tensors(len(data).to_bytes(8, "little") + data, what="random")
-    except MalformedMessageError:
-        pass
 
 
 def test_a_pickle_is_not_weights(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def test_encode_and_decode_have_the_promised_shapes_and_ranges() -> None:
         decoded, labels = autoencoder.decode(z * 50)
         assert torch.equal(z, autoencoder.encode(image, mask.long()))
     assert z.shape == (2, *MICRO.latent_shape(MICRO.grid_shape))
-    assert decoded.shape == image.shape and 0.0 <= decoded.min() and decoded.max() <= 1.0
+    assert decoded.shape == image.shape and float(decoded.min()) >= 0.0 and float(decoded.max()) <= 1.0
     assert labels.shape == mask.shape and labels.dtype == torch.uint8 and labels.max() <= 2
 
 

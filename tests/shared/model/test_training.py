@@ -31,7 +31,7 @@ SHAPE = MICRO.latent_shape(MICRO.grid_shape)
 SCHEDULE = TrainingSchedule(steps=12, batch_size=4, learning_rate=2e-3, seed=3, save_every=5)
 
 
-class _Killed(Exception):
+class _KilledError(Exception):
     pass
 
 
@@ -51,7 +51,7 @@ def _train_prior(
         if module.training and torch.is_grad_enabled():
             steps_seen += 1
             if steps_seen == kill_at:
-                raise _Killed
+                raise _KilledError
 
     handle = denoiser.register_forward_pre_hook(count)
     try:
@@ -66,7 +66,7 @@ def _train_prior(
 def test_a_killed_and_resumed_prior_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     whole, history = _train_prior(None)
     state = tmp_path / "state"
-    with pytest.raises(_Killed):
+    with pytest.raises(_KilledError):
         _train_prior(state, kill_at=9)
     resumed, resumed_history = _train_prior(state, kill_at=8)
     assert [step for step, _ in history] == [4, 8, 12] and resumed_history == history
@@ -99,7 +99,7 @@ def test_autoencoder_resumes_exactly_and_normalises_public_latents(tmp_path: Pat
         autoencoder = build_autoencoder(MICRO, n_labels=1, seed=1)
 
         def progress(stage: str, step: int, steps: int, loss: float) -> None:
-            raise _Killed
+            raise _KilledError
 
         train_autoencoder(
             autoencoder,
@@ -117,7 +117,7 @@ def test_autoencoder_resumes_exactly_and_normalises_public_latents(tmp_path: Pat
         return autoencoder.state_dict()
 
     whole = run(None)
-    with pytest.raises(_Killed):
+    with pytest.raises(_KilledError):
         run(tmp_path / "state", kill_at=25)
     resumed = run(tmp_path / "state")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
