@@ -27,6 +27,7 @@ from client.ingest.manifest import (
     ProblemKind,
     ScanEntry,
     drop_repeated_files,
+    read_csv_table,
 )
 from shared.canonical import framed
 from shared.errors import SiteError, UsageError
@@ -213,12 +214,7 @@ def _checksum(row: Mapping[Hashable, Any] | None, column: str) -> str | None:
 
 
 def _read_patients(path: Path) -> pd.DataFrame:
-    try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False, encoding="utf-8-sig")
-    except OSError as error:
-        raise ManifestError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise ManifestError(f"{path}: not a CSV table in UTF-8 ({error})") from error
+    table = read_csv_table(path)
     missing = [column for column in ("file", "patient_id") if column not in table.columns]
     if missing or table.empty:
         raise ManifestError(f"{path}: a patients' table has the columns file and patient_id, and rows")

@@ -8,6 +8,7 @@ one :class:`Problem` for each, naming its file, never only the first.
 from __future__ import annotations
 
 import csv
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Protocol
 
 import pandas as pd
+from pandas.errors import ParserWarning
 
 from shared.errors import SiteError
 
@@ -166,15 +168,26 @@ def drop_repeated_files(entries: Iterable[ScanEntry]) -> tuple[tuple[ScanEntry, 
     return tuple(kept), tuple(problems)
 
 
-def _read_table(path: Path) -> pd.DataFrame:
+def read_csv_table(path: Path) -> pd.DataFrame:
+    """A CSV table with every cell as text, as it stands: "007" and "NA" are names, nothing is missing.
+
+    Raises:
+        ManifestError: the file cannot be read, is too large, or is not a CSV table.
+    """
     try:
         if path.stat().st_size > MAX_MANIFEST_BYTES:
-            raise ManifestError(f"{path}: larger than {MAX_MANIFEST_BYTES} bytes, not a manifest")
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False, encoding="utf-8-sig")
+            raise ManifestError(f"{path}: larger than {MAX_MANIFEST_BYTES} bytes, not a table of scans")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", ParserWarning)  # a row longer than the header loses cells
+            return pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False, encoding="utf-8-sig")
     except OSError as error:
         raise ManifestError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, csv.Error) as error:
+    except (ValueError, csv.Error, ParserWarning) as error:
         raise ManifestError(f"{path}: not a CSV table in UTF-8 ({error})") from error
+
+
+def _read_table(path: Path) -> pd.DataFrame:
+    table = read_csv_table(path)
     missing = [column for column in COLUMNS if column not in table.columns]
     surplus = [str(column) for column in table.columns if column not in COLUMNS]
     if missing or surplus:
