@@ -1,9 +1,9 @@
 """Which parameters should train privately? A measurement on simulated patients, before any hospital is asked.
 
 Central simulation of a study in mode ``distributed``: the clipped sum over all patients, Gaussian noise of
-the variance that all sites' shares add up to, the server's Adam and EMA. Secure aggregation and the integer grid
-change none of these figures visibly and are left out; so is every guarantee. The randomness is seeded and
-public: this module must never see a real patient.
+the variance that all sites' shares add up to, the server's Adam and EMA. Secure aggregation and the integer
+grid change none of these figures visibly and are left out; so is every guarantee. The randomness is seeded
+and public: this module must never see a real patient.
 """
 
 from __future__ import annotations
