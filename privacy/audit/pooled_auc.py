@@ -1,7 +1,7 @@
 """AUC of an attack from pooled, noised histograms: estimate, interval, power. No torch.
 
-Over all hospitals only histograms leave, and each cell carries integer noise of known variance. With histograms
-m, h (members, held-out) over the same bins and K[b, b'] = 1 if b > b', 1/2 if b = b', the estimate is
+Over all hospitals only histograms leave, and each cell carries integer noise of known variance. With
+histograms m, h (members, held-out) over the bins and K[b, b'] = 1 if b > b', 1/2 if b = b', the estimate is
 
     A = m' K h / (sum m  sum h)
 
@@ -24,7 +24,7 @@ from privacy.audit.bounds import FloatArray, Interval, auc_variance, invert_scor
 from shared.errors import UsageError
 
 _SMALLEST_GROUP = 4.0
-_TOTAL_STANDARD_DEVIATIONS = 2.0
+_TOTAL_STANDARD_DEVIATIONS = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -162,6 +162,11 @@ class PooledVerdict:
         return verdict
 
 
+def level_share(condition: str) -> float:
+    """The share of ``audit.significance`` that one test gets, before the split over attempts."""
+    return _SHARES[condition]
+
+
 def level_of_test(plan: StudyPlan, condition: str) -> float:
     """The significance of one test of one audit attempt."""
     return plan.audit.significance * _SHARES[condition] / plan.privacy.max_audit_attempts
