@@ -24,15 +24,15 @@ import signal
 import socket
 import ssl
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from deploy.consortium_keys import NodeKey, ServerCertificate, make_node_key, make_server_certificate
+from deploy.flower_commands import FlowerCommands, flower_answer, flower_executable
 from deploy.supervised import RunningProcess, SupervisedProcesses
 from shared.errors import CoordinatorError, SiteError
 
@@ -116,6 +116,7 @@ class LocalConsortium:
         self._progress = progress
         self._network_namespace = network_namespace_command() if isolate_agents else None
         self._keys: list[NodeKey] = []
+        self._flower = FlowerCommands(self.home)
         self._node_ids: list[int | None] = [None] * len(self.sites)
         self._port = 0
         self._processes: SupervisedProcesses | None = None
@@ -237,7 +238,7 @@ class LocalConsortium:
         """
         self._end(self._name("supernode", index))
         if new_identity:
-            self._flwr("supernode", "unregister", str(self._node_ids[index]), CONNECTION)
+            self._flower.run("supernode", "unregister", str(self._node_ids[index]), CONNECTION)
             name = self._keys[index].private.name
             self._keys[index] = make_node_key(self.keys_directory, name)
             self._register([index])
@@ -279,33 +280,23 @@ class LocalConsortium:
         """``flwr run`` with this configuration; every key must be in the app's own. Returns the run id."""
         overrides = " ".join(f"{key}={_toml(value)}" for key, value in run_config.items())
         arguments = ["run", str(self._app), CONNECTION]
-        answer = self._flwr(*arguments, *(["--run-config", overrides] if overrides else []))
+        answer = self._flower.run(*arguments, *(["--run-config", overrides] if overrides else []))
         run_id = str(answer["run-id"])
         self._progress(f"Flower run {run_id} submitted")
         return run_id
 
     def status(self, run_id: str) -> tuple[str, str]:
         """Flower's status of a run and its details. Costs about a second of CPU (``flwr list``)."""
-        answer = self._flwr("list", CONNECTION, "--run-id", run_id)
+        answer = self._flower.run("list", CONNECTION, "--run-id", run_id)
         run = answer["runs"][0]
         return str(run["status"]), str(run["status-details"])
 
     def stop_run(self, run_id: str) -> None:
-        self._flwr("stop", run_id, CONNECTION)
+        self._flower.run("stop", run_id, CONNECTION)
 
     def serverapp_log(self, run_id: str) -> str:
         """What the ServerApp wrote to its output, as the SuperLink keeps it."""
-        command = [_executable("flwr"), "log", run_id, CONNECTION, "--show"]
-        done = subprocess.run(
-            command,
-            env=self._environment("flwr"),
-            cwd=self.home,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=60,
-        )
-        return done.stdout
+        return self._flower.text("log", run_id, CONNECTION, "--show")
 
     def wait(
         self,
@@ -397,7 +388,7 @@ class LocalConsortium:
         self._running().start(
             "superlink",
             [
-                _executable("flower-superlink"),
+                flower_executable("flower-superlink"),
                 *("--host", "127.0.0.1", "--port", str(self._port)),
                 *("--ssl-ca-certfile", str(certificate.authority)),
                 *("--ssl-certfile", str(certificate.certificate)),
@@ -408,7 +399,7 @@ class LocalConsortium:
             ],
             log=self.log("superlink"),
             cwd=self.home,
-            env=self._environment("superlink"),
+            env=self._flower.environment("superlink"),
         )
         if not self._await("superlink", self._superlink_answers):
             raise CoordinatorError(f"the SuperLink does not answer; see {self.log('superlink')}")
@@ -425,22 +416,16 @@ class LocalConsortium:
             connection.close()
 
     def _write_flower_config(self) -> None:
-        folder = self._flower_home("flwr")
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.toml").write_text(
-            f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\n'
-            f'address = "127.0.0.1:{self._port}"\n'
-            f"root-certificates = {_toml(str(self.keys_directory / 'ca.pem'))}\n"
-        )
+        self._flower.write_config(CONNECTION, self._port, self.keys_directory / "ca.pem")
 
     def _register(self, indices: Sequence[int]) -> None:
         """``flwr supernode register`` for several keys at once; each takes a second of CPU."""
         started = [
-            (index, self._flwr_start("supernode", "register", str(self._keys[index].public), CONNECTION))
+            (index, self._flower.start("supernode", "register", str(self._keys[index].public), CONNECTION))
             for index in indices
         ]
         for index, process in started:
-            self._node_ids[index] = int(_flwr_answer(process)["node-id"])
+            self._node_ids[index] = int(flower_answer(process)["node-id"])
 
     def _start_supernode(self, index: int) -> int:
         log = self.log("supernode", index)
@@ -449,7 +434,7 @@ class LocalConsortium:
         self._running().start(
             self._name("supernode", index),
             [
-                _executable("flower-supernode"),
+                flower_executable("flower-supernode"),
                 *("--superlink", f"127.0.0.1:{self._port}"),
                 *("--root-certificates", str(self.keys_directory / "ca.pem")),
                 *("--auth-supernode-private-key", str(self._keys[index].private)),
@@ -458,7 +443,7 @@ class LocalConsortium:
             ],
             log=log,
             cwd=self.home,
-            env=self._environment(self._name("supernode", index)),
+            env=self._flower.environment(self._name("supernode", index)),
         )
         return offset
 
@@ -505,41 +490,6 @@ class LocalConsortium:
     def _name(self, kind: Kind, index: int) -> str:
         return "superlink" if kind in ("superlink", "serverapp") else f"{kind}-{self.sites[index].site_id}"
 
-    # -- Flower's commands -----------------------------------------------------------------------------
-
-    def _flower_home(self, name: str) -> Path:
-        return self.home / "flower" / name
-
-    def _environment(self, name: str) -> dict[str, str]:
-        kept = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")}
-        return {
-            **kept,
-            # One FLWR_HOME each: processes that unpack the same bundle into one folder at the same time
-            # take each other's half-written files for finished ones.
-            "FLWR_HOME": str(self._flower_home(name)),
-            "FLWR_TELEMETRY_ENABLED": "0",
-            "FLWR_DISABLE_UPDATE_CHECK": "1",
-            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONUNBUFFERED": "1",
-            # Flower's processes find each other, and Python, by name.
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{kept.get('PATH', os.defpath)}",
-        }
-
-    def _flwr_start(self, *arguments: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [_executable("flwr"), *arguments, "--format", "json"],
-            env=self._environment("flwr"),
-            cwd=self.home,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def _flwr(self, *arguments: str) -> dict[str, Any]:
-        return _flwr_answer(self._flwr_start(*arguments))
-
 
 def network_namespace_command() -> tuple[str, ...] | None:
     """The command prefix that gives a process an empty network namespace, or None where not permitted."""
@@ -561,28 +511,6 @@ def make_server_certificate_once(folder: Path) -> ServerCertificate:
     """A new certificate for each start: SuperNodes and ``flwr`` read the authority from the same folder."""
     (folder / "superlink.key").unlink(missing_ok=True)
     return make_server_certificate(folder)
-
-
-def _flwr_answer(process: subprocess.Popen[str]) -> dict[str, Any]:
-    stdout, stderr = process.communicate(timeout=120)
-    start = stdout.find("{")
-    try:
-        answer: dict[str, Any] = json.loads(stdout[start:]) if start >= 0 else {}
-    except ValueError:
-        answer = {}
-    if process.returncode != 0 or not answer.get("success"):
-        words = str(answer.get("error-message") or stderr.strip() or stdout.strip())
-        arguments = process.args if isinstance(process.args, list) else [process.args]
-        raise CoordinatorError(f"`{' '.join(map(str, arguments))}` failed: {words[-600:]}")
-    return answer
-
-
-def _executable(name: str) -> str:
-    beside = Path(sys.executable).parent / name
-    found = str(beside) if beside.exists() else shutil.which(name)
-    if found is None:
-        raise CoordinatorError(f"{name} is not installed", remedy="pip install 'lacuna[coordinator]'")
-    return found
 
 
 def _program(process: RunningProcess) -> str:
