@@ -149,7 +149,7 @@ def load_generator(bundle_dir: Path, *, device: str = "cpu") -> Generator:
         UsageError: an unknown preset.
     """
     metadata = read_metadata(bundle_dir)
-    autoencoder = build_autoencoder(preset_named(metadata.preset), n_labels=len(metadata.labels) + 1)
+    autoencoder = build_autoencoder(preset_named(metadata.preset), n_labels=len(metadata.labels))
     try:
         load_weights(autoencoder, bundle_dir / AUTOENCODER_FILE)
         denoiser = load_denoiser(
