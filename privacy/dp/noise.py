@@ -8,10 +8,10 @@ with exp(-x) in floating point. Where the two are further apart than a margin th
 (relative 2^-40; the errors are below 2^-44), the comparison is decided as it would be for the real numbers.
 Where they are nearer, which happens with probability below 2^-38, U's further bits are drawn and exp(-x) is
 computed to as many digits as it takes. So given uniform bits the samples have exactly the distribution
-N_Z(0, sigma^2), sigma being the binary64 number passed: statistical distance 0. The bits come from AES-256-CTR
-keyed by the operating system (:mod:`privacy.secret_random`), whose distance from uniform is a standard
-assumption. (It rests on ``numpy.exp`` erring by less than 2^-44 relatively; numpy's tests allow 4 units in the
-last place, 2^-50.)
+N_Z(0, sigma^2), sigma being the binary64 number passed: statistical distance 0. The bits come from
+AES-256-CTR keyed by the operating system (:mod:`privacy.secret_random`), whose distance from uniform is a
+standard assumption. (It rests on ``numpy.exp`` erring by less than 2^-44 relatively; numpy's tests allow 4
+units in the last place, 2^-50.)
 
 Floating-point Gaussians are not used anywhere near privacy: their low bits give the noiseless value away
 (Mironov, CCS 2012).
