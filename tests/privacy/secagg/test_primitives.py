@@ -1,0 +1,93 @@
+"""Shares, keys, masks, residues; a few known answers (the full vectors belong to a later issue)."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from privacy.keystream import Keystream
+from privacy.secagg.keys import UnsealingError, WeakKeyError, agree, pair_mask_key, seal_share, unseal_share
+from privacy.secagg.masking import apply_streams, centre, encode, from_bytes, to_bytes
+from privacy.secagg.shamir import combine_shares, split_secret
+
+SECRET = bytes(range(32))
+
+
+def test_any_threshold_of_shares_gives_the_secret_and_fewer_do_not():
+    shares = dict(enumerate(split_secret(SECRET, threshold=3, n_shares=5), start=1))
+    for chosen in itertools.combinations(shares, 3):
+        assert combine_shares({index: shares[index] for index in chosen}, threshold=3) == SECRET
+    assert combine_shares(shares, threshold=3) == SECRET
+    assert combine_shares({1: shares[1], 2: shares[2]}, threshold=2) != SECRET
+    with pytest.raises(ValueError, match="fewer than the threshold"):
+        combine_shares({1: shares[1], 2: shares[2]}, threshold=3)
+
+
+def test_known_answer_of_shamir():
+    """p(x) = s + x over GF(2^128), so shares 1 and 2 are s xor 1 and s xor 2 in each block."""
+    blocks = [int.from_bytes(SECRET[start : start + 16], "big") for start in (0, 16)]
+    shares = {index: b"".join((block ^ index).to_bytes(16, "big") for block in blocks) for index in (1, 2)}
+    assert combine_shares(shares, threshold=2) == SECRET
+
+
+def test_a_hundred_sites():
+    shares = dict(enumerate(split_secret(SECRET, threshold=51, n_shares=100), start=1))
+    chosen = {index: shares[index] for index in range(50, 101)}
+    assert combine_shares(chosen, threshold=51) == SECRET
+
+
+def test_sealed_shares_open_only_in_their_place():
+    sealed = seal_share(SECRET, bytes(64), key_set=b"k" * 32, dealer="a", recipient="b")
+    assert len(sealed) == 80
+    place = {"key_set": b"k" * 32, "dealer": "a", "recipient": "b"}
+    assert unseal_share(SECRET, sealed, **place) == bytes(64)
+    for change in ({"key_set": b"x" * 32}, {"dealer": "b"}, {"recipient": "a"}):
+        with pytest.raises(UnsealingError):
+            unseal_share(SECRET, sealed, **{**place, **change})
+    with pytest.raises(UnsealingError):
+        unseal_share(SECRET, sealed[:-1] + b"\x00", **place)
+
+
+def test_agreement_is_x25519_of_rfc_7748():
+    """The first vector of section 5.2 of the RFC, and a point of small order."""
+    scalar = bytes.fromhex("a546e36bf0527c9d3b16154b82465edd62144c0ac1fc5a18506a2244ba449ac4")
+    point = bytes.fromhex("e6db6867583030db3594c1a424b15f7c726624ec26b3353b10a903a6d0ab1c4c")
+    agreed = "c3da55379de9c6908e94ea4df28d084f32eccf03491c71f754b4075577a28552"
+    assert agree(scalar, point).hex() == agreed
+    with pytest.raises(WeakKeyError):
+        agree(scalar, bytes(32))
+
+
+def test_pair_mask_keys_differ_in_every_input():
+    base = {"terms": b"t" * 32, "first": "a", "second": "b"}
+    keys = {pair_mask_key(SECRET, **base)}
+    for change in ({"terms": b"u" * 32}, {"first": "c"}, {"second": "c"}, {"first": "b", "second": "a"}):
+        keys.add(pair_mask_key(SECRET, **{**base, **change}))
+    keys.add(pair_mask_key(bytes(32), **base))
+    assert len(keys) == 6
+
+
+@pytest.mark.parametrize("bits", [32, 64])
+def test_residues_are_centred_and_bytes_are_little_endian(bits):
+    edge = 2 ** (bits - 1)
+    values = np.array([0, 1, -1, edge - 1, -edge], dtype=np.int64)
+    residues = encode(values, bits)
+    np.testing.assert_array_equal(centre(residues), values)
+    assert to_bytes(residues)[bits // 8 : bits // 4] == b"\x01" + bytes(bits // 8 - 1)
+    np.testing.assert_array_equal(from_bytes(to_bytes(residues), bits), residues)
+
+
+@pytest.mark.parametrize("bits", [32, 64])
+def test_masks_are_the_keystream_and_cancel(bits, monkeypatch):
+    monkeypatch.setattr("privacy.secagg.prg.CHUNK_WORDS", 37)
+    values = np.arange(-500, 500, dtype=np.int64)
+    masked = encode(values, bits)
+    apply_streams(masked, [b"a" * 32], [b"b" * 32])
+    stream = [
+        np.frombuffer(Keystream(key * 32).read(1000 * bits // 8), f"<u{bits // 8}") for key in (b"a", b"b")
+    ]
+    np.testing.assert_array_equal(masked, encode(values, bits) + stream[0] - stream[1])
+    apply_streams(masked, [b"b" * 32], [b"a" * 32])
+    np.testing.assert_array_equal(centre(masked), values)
