@@ -1,4 +1,4 @@
-"""A hospital's own files: identity, patients' key, policy, ledger, and one folder per study."""
+"""A hospital's own files: identity, policy, ledger, and one folder per study."""
 
 from __future__ import annotations
 
@@ -31,11 +31,6 @@ class SiteHome:
         return self.root / "identity.key"
 
     @property
-    def patients_key_path(self) -> Path:
-        """The 32-byte key that replaces patient ids and draws the hold-out."""
-        return self.root / "patients.key"
-
-    @property
     def policy_path(self) -> Path:
         return self.root / "policy.toml"
 
@@ -51,7 +46,11 @@ class SiteHome:
         return Path(base).expanduser() / name
 
     def study(self, study_id: str) -> Path:
+        """Everything of one study: the approved plan, the store of scans with its key, latents, audits."""
         return self.root / study_id
+
+    def store_path(self, study_id: str) -> Path:
+        return self.study(study_id) / "store"
 
     @property
     def site_id(self) -> str:
@@ -68,15 +67,6 @@ class SiteHome:
 
     def identity(self) -> SigningKey:
         return SigningKey.load(self.identity_path)
-
-    def patients_key(self) -> bytes:
-        try:
-            key = self.patients_key_path.read_bytes()
-        except OSError as error:
-            raise SiteError(f"{self.patients_key_path} cannot be read: {error.strerror}") from error
-        if len(key) != 32:
-            raise SiteError(f"{self.patients_key_path} is damaged: it must hold 32 bytes")
-        return key
 
     def policy(self) -> SitePolicy:
         return load_policy(self.policy_path)
@@ -115,7 +105,6 @@ def init_site(home: SiteHome, *, name: str) -> bytes:
     request = make_request(role="site", name=name, key=key)
     private_directory(home.root)
     write_private(home.root / "site.json", json.dumps({"site_id": name}).encode())
-    write_private(home.patients_key_path, os.urandom(32))
     if not home.policy_path.exists():
         save_policy(SitePolicy(), home.policy_path)
     key.save(home.identity_path)

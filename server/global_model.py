@@ -53,7 +53,7 @@ class GlobalModel:
 
     @property
     def ema(self) -> Vector:
-        """Bias-free moving average; the candidate for release."""
+        """Moving average that starts at the prior; the candidate for release."""
         return self._ema.numpy().copy()
 
     def apply(self, total: NDArray[np.int64], *, n_survivors: int) -> None:
@@ -78,9 +78,7 @@ class GlobalModel:
                 self._weights.copy_(before)
             raise CoordinatorError("the step made weights that are not finite; it is not taken")
         self.round += 1
-        # A constant decay would hold on to the prior in a study of a few dozen rounds.
-        decay = min(plan.model.ema_decay, self.round / (self.round + 9))
-        self._ema.lerp_(self._weights.detach(), 1 - decay)
+        self._ema.lerp_(self._weights.detach(), 1 - plan.model.ema_decay)
 
     def save(self, path: Path, metadata: dict[str, str]) -> str:
         """Write weights, optimizer state and EMA; returns the file's SHA-256."""

@@ -1,0 +1,125 @@
+"""Putting an agent together for ``lacuna site serve``: ledger, workbench, protocol, listener."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from client.agent_service import AgentServer, MutualTls
+from client.patient_dataset import SiteStore
+from client.site_agent import SiteAgent, log_to
+from client.site_home import SiteHome
+from privacy.dp.execution_plan import check_plan
+from privacy.ledger import Ledger
+from privacy.secret_random import SecretRandom
+from shared.errors import UsageError
+
+COMMITMENT = "site-key-commitment"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions:
+    """Where to listen and what to compute on. ``tls`` is (host:port, certificate, key, authority)."""
+
+    socket_path: Path
+    group: str | None = None
+    allowed_uids: frozenset[int] = frozenset()
+    tls: tuple[str, Path, Path, Path] | None = None
+    device: str = "cpu"
+    threads: int | None = None
+
+
+class ServingAgent:
+    """A running agent. Leaving the context stops it and closes its ledger."""
+
+    def __init__(self, resources: ExitStack, address: str) -> None:
+        self._resources = resources
+        self.address = address
+
+    def __enter__(self) -> ServingAgent:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._resources.close()
+
+
+def open_ledger(home: SiteHome) -> Ledger:
+    """The site's ledger; made at the first use, and from then on never without its witness."""
+    first = not home.ledger_path.exists() and not home.counter_path.exists()
+    home.counter_path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return Ledger.open(home.ledger_path, key=home.identity(), counter_path=home.counter_path, create=first)
+
+
+def serve_study(
+    home: SiteHome,
+    study_id: str,
+    options: ServeOptions,
+    *,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> ServingAgent:
+    """Check everything, load scans and networks, and start to listen.
+
+    Raises:
+        LacunaError: the plan breaks the policy or cannot keep its promise, the ledger is in use or damaged,
+            scans are missing, the address cannot be served.
+    """
+    package = home.approved_plan(study_id)
+    home.policy().check(package.plan, own_site=home.site_id, own_key=home.identity().verify_key)
+    check_plan(package.plan)
+    log_to(home.study(study_id) / "agent.log")
+    with ExitStack() as resources:
+        ledger = resources.enter_context(open_ledger(home))
+        _commit_to_site_key(home, study_id, ledger)
+        from client.workbench import SiteWorkbench, set_threads
+
+        set_threads(options.threads)
+        workbench = SiteWorkbench(
+            home=home, package=package, secret=SecretRandom(), device=options.device, progress=progress
+        )
+        agent = SiteAgent(
+            home=home,
+            package=package,
+            key=home.identity(),
+            ledger=ledger,
+            workbench=workbench,
+            entropy=SecretRandom(),
+        )
+        server = AgentServer(agent.handle)
+        if options.tls is None:
+            server.listen_unix(
+                options.socket_path, allowed_uids=options.allowed_uids or None, group=options.group
+            )
+            address = str(options.socket_path)
+        else:
+            host, _, port = options.tls[0].rpartition(":")
+            if not port.isdigit():
+                raise UsageError(f"--listen takes HOST:PORT, not {options.tls[0]!r}")
+            _, certificate, key, authority = options.tls
+            bound = server.listen_tls(
+                host, int(port), MutualTls(certificate=certificate, key=key, client_authority=authority)
+            )
+            address = f"{host}:{bound}"
+        resources.enter_context(server)
+        return ServingAgent(resources.pop_all(), address)
+
+
+def _commit_to_site_key(home: SiteHome, study_id: str, ledger: Ledger) -> None:
+    """Record, before round 1, the commitment to the key that decides who is held out."""
+    commitment = SiteStore.open(home.store_path(study_id)).key_commitment
+    recorded = [
+        entry.body["details"].get("commitment")
+        for entry in ledger.entries()
+        if entry.kind == COMMITMENT and entry.body["details"].get("study_id") == study_id
+    ]
+    if not recorded:
+        ledger.record(COMMITMENT, {"study_id": study_id, "commitment": commitment})
+    elif recorded[0] != commitment:
+        raise UsageError(
+            f"the store of study {study_id!r} has another key than the ledger committed to",
+            remedy="put the study's first store back: who is held out must not change during a study",
+        )

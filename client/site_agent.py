@@ -1,0 +1,328 @@
+"""The site agent: the hospital's own process, which decides what leaves.
+
+Every request is checked against the plan that this site approved before anything is computed, and charged
+to the ledger before anything derived from data leaves. The agent needs no network; messages reach it
+through :mod:`client.agent_service`. It never raises into the transport: whatever is wrong becomes a
+refusal with a reason from a closed list, and the details stay in the site's own log.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from client.site_home import SiteHome
+from privacy.audit.counts import CountsLayout
+from privacy.audit.verdict import PlantedLeak
+from privacy.audit.verdict_statement import make_verdict_statement, sign_verdict
+from privacy.dp.execution_plan import ExecutionPlan
+from privacy.ledger import Budget, Charge, Ledger
+from privacy.ledger_chain import LedgerHead, export_statement
+from privacy.secagg.messages import (
+    AdvertiseRequest,
+    ConfirmRequest,
+    ShareRequest,
+    UnmaskRequest,
+    UploadRequest,
+)
+from privacy.secagg.site_rounds import SiteSecureAggregation
+from privacy.secagg.thresholds import ProtocolParameters
+from privacy.secret_random import SecretRandom
+from shared.agent_messages import (
+    EXCHANGE,
+    EXCHANGE_REPLY,
+    HELLO,
+    VERDICT_REPLY,
+    VERDICT_REQUEST,
+    WORK,
+    Hello,
+    HelloReply,
+    VerdictRequest,
+    Work,
+    refusal,
+)
+from shared.errors import (
+    BudgetExceededError,
+    LacunaError,
+    LedgerError,
+    MalformedMessageError,
+    ProtocolRefusedError,
+    RefusedError,
+)
+from shared.home import write_private
+from shared.identity import SigningKey
+from shared.plan_package import PlanPackage
+from shared.wire import Envelope, pack, unpack
+
+log = logging.getLogger("lacuna.site")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditedCandidate:
+    """What a site may say of its last audit: it depends on the candidate and public seeds alone."""
+
+    attempt: int
+    candidate_sha256: str
+    planted_leak: PlantedLeak
+
+
+class Workbench(Protocol):
+    """What computes on patients: scans, model and device. See :mod:`client.workbench`."""
+
+    def training_vector(self, weights: NDArray[np.float32]) -> NDArray[np.int64]:
+        """One step's contribution in grid steps [d], noise share included."""
+
+    def audit_vector(self, weights: NDArray[np.float32], *, attempt: int) -> NDArray[np.int64]:
+        """The audit's counts [k], noise share included. Raw figures stay in the site's own files."""
+
+    def last_audit(self) -> AuditedCandidate | None:
+        """What the last audit was of, also after a restart."""
+
+
+class RequestRefusedError(RefusedError):
+    """The request is outside the approved plan. ``reason`` is what the other end is told."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class SiteAgent:
+    """Handles one request at a time for one study.
+
+    Args:
+        package: The plan package that this site approved.
+        ledger: Open, exclusive.
+        workbench: Computes on patients.
+        entropy: Secret randomness of the protocol's keys.
+        wall_clock: For the status file (unix seconds).
+    """
+
+    def __init__(
+        self,
+        *,
+        home: SiteHome,
+        package: PlanPackage,
+        key: SigningKey,
+        ledger: Ledger,
+        workbench: Workbench,
+        entropy: SecretRandom,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._plan = package.plan
+        self._site_id = home.site_id
+        self._directory = home.study(self._plan.study_id)
+        self._key = key
+        self._ledger = ledger
+        self._workbench = workbench
+        self._execution = ExecutionPlan.from_study_plan(self._plan)
+        self._counts_length = CountsLayout.from_plan(self._plan).length
+        policy = home.policy()
+        self._budget = Budget(epsilon=policy.max_total_epsilon, delta=policy.max_delta)
+        if self._plan.privacy.mode == "unprotected":
+            self._budget = Budget(epsilon=None, delta=policy.max_delta)
+        self._clock = wall_clock
+        self._lock = threading.Lock()
+        self._secagg = SiteSecureAggregation(
+            site_id=self._site_id,
+            key=key,
+            roster=tuple((s.site_id, s.verify_key) for s in self._plan.roster.sites),
+            parameters=ProtocolParameters.from_plan(self._plan),
+            study_digest=self._plan.digest().hex(),
+            register_attempt=self._register_attempt,
+            entropy=entropy,
+            last_attempt=ledger.last_registered_attempt(self._plan.study_id) or 0,
+        )
+        self._say("serving", round=0)
+
+    def handle(self, envelope: Envelope, peer: object = None) -> Envelope:
+        """Answer one request; never raises."""
+        with self._lock:
+            return self._guarded(lambda: self._dispatch(envelope), envelope.kind)
+
+    def _dispatch(self, envelope: Envelope) -> Envelope:
+        if envelope.kind == HELLO:
+            return self._hello(Hello.from_envelope(envelope))
+        if envelope.kind == EXCHANGE:
+            return self._exchange(envelope)
+        if envelope.kind == VERDICT_REQUEST:
+            return self._verdict(VerdictRequest.from_envelope(envelope))
+        raise RequestRefusedError("unknown_request", f"no request of kind {envelope.kind!r} is served")
+
+    def _guarded(self, answer: Callable[[], Envelope], kind: str) -> Envelope:
+        try:
+            return answer()
+        except Exception as error:
+            reason, words = _what_to_tell(error)
+            log.warning("refused %s: %s (%s)", kind, reason, error, exc_info=_unexpected(error))
+            self._say("refused", reason=reason)
+            return refusal(reason, words)
+
+    # requests
+
+    def _hello(self, hello: Hello) -> Envelope:
+        if hello.plan_sha256 != self._plan.digest().hex():
+            raise RequestRefusedError(
+                "other_plan", "the request is for a plan that this site did not approve"
+            )
+        return HelloReply.sign(
+            hello,
+            site_id=self._site_id,
+            last_attempt=self._ledger.last_registered_attempt(self._plan.study_id) or 0,
+            version=version("lacuna"),
+            key=self._key,
+        ).to_envelope()
+
+    def _exchange(self, envelope: Envelope) -> Envelope:
+        replies: list[Envelope] = []
+        work: Work | None = None
+        for part in unpack(envelope):
+            if part.kind == WORK:
+                try:
+                    work = Work.from_envelope(part, dimension=self._plan.model.dimension)
+                except LacunaError as error:
+                    log.warning("refused work: %s", error)
+                    work = None
+                continue
+            replies.append(self._guarded(partial(self._protocol, part, work), part.kind))
+        return pack(EXCHANGE_REPLY, replies)
+
+    def _protocol(self, part: Envelope, work: Work | None) -> Envelope:
+        match part.kind:
+            case AdvertiseRequest.KIND:
+                request = AdvertiseRequest.from_envelope(part)
+                return self._secagg.advertise(request, self._ledger.head().to_dict()).to_envelope()
+            case ShareRequest.KIND:
+                return self._share(ShareRequest.from_envelope(part))
+            case UploadRequest.KIND:
+                return self._upload(UploadRequest.from_envelope(part), work)
+            case ConfirmRequest.KIND:
+                return self._secagg.confirm(ConfirmRequest.from_envelope(part)).to_envelope()
+            case UnmaskRequest.KIND:
+                return self._secagg.unmask(UnmaskRequest.from_envelope(part)).to_envelope()
+        raise RequestRefusedError("unknown_request", f"no part of kind {part.kind!r} is served")
+
+    def _share(self, request: ShareRequest) -> Envelope:
+        reply = self._secagg.share(request)
+        heads = self._secagg.peer_heads(request.attempt.attempt)
+        self._ledger.record_peer_heads(
+            {
+                site_id: (LedgerHead.from_dict(head), self._plan.site(site_id).verify_key)
+                for site_id, head in heads.items()
+                if site_id != self._site_id
+            }
+        )
+        return reply.to_envelope()
+
+    def _upload(self, request: UploadRequest, work: Work | None) -> Envelope:
+        if work is None:
+            raise RequestRefusedError("work_missing", "an upload was asked for without readable work")
+        attempt = request.attempt
+        if (work.attempt, work.round, work.purpose) != (attempt.attempt, attempt.round, attempt.purpose):
+            raise RequestRefusedError("work_mismatch", "the work is for another attempt than the upload")
+        self._check_plan_allows(work, attempt.vector_length)
+        hashes = {"weights_hash": work.weights_hash(), "request_hash": work.request_hash()}
+        self._secagg.check_upload(request, **hashes)
+        training = work.purpose == "train"
+        privacy = self._plan.privacy
+        self._ledger.reserve(
+            Charge(
+                study_id=self._plan.study_id,
+                plan_sha256=self._plan.digest().hex(),
+                run_id=attempt.run_id,
+                purpose=work.purpose,
+                round=work.round,
+                attempt=work.attempt,
+                event=self._execution.training_event() if training else self._execution.audit_event(),
+            ),
+            self._budget,
+            max_attempts=privacy.max_attempts if training else privacy.max_audit_attempts,
+        )
+        self._say("training" if training else "auditing", round=work.round, attempt=work.attempt)
+        if training:
+            vector = self._workbench.training_vector(work.weights)
+        else:
+            vector = self._workbench.audit_vector(work.weights, attempt=work.attempt)
+        reply = self._secagg.upload(request, vector, **hashes).to_envelope()
+        self._say("uploaded", round=work.round, attempt=work.attempt)
+        return reply
+
+    def _check_plan_allows(self, work: Work, vector_length: int) -> None:
+        training = work.purpose == "train"
+        if training and work.round > self._plan.privacy.rounds:
+            raise RequestRefusedError(
+                "round_outside_plan", f"the plan has {self._plan.privacy.rounds} rounds"
+            )
+        if vector_length != (self._plan.model.dimension if training else self._counts_length):
+            raise RequestRefusedError("vector_outside_plan", "the vector's length is not the plan's")
+
+    def _verdict(self, request: VerdictRequest) -> Envelope:
+        audited = self._workbench.last_audit()
+        if audited is None or (audited.attempt, audited.candidate_sha256) != (
+            request.attempt,
+            request.candidate_sha256,
+        ):
+            raise RequestRefusedError("candidate_not_audited", "this site did not audit that candidate")
+        statement = make_verdict_statement(
+            self._plan,
+            candidate_sha256=request.candidate_sha256,
+            run_id=request.run_id,
+            attempt=request.attempt,
+            site_id=self._site_id,
+            survivors=request.survivors,
+            pooled_counts=request.pooled_counts,
+            planted_leak=audited.planted_leak,
+            veto=(self._directory / "veto").exists(),
+        )
+        self._say("verdict signed", attempt=request.attempt)
+        ledger = export_statement(self._ledger.entries(), self._ledger.head(), self._key)
+        blobs = (sign_verdict(statement, self._key), ledger)
+        return Envelope(VERDICT_REPLY, {"site_id": self._site_id}, blobs)
+
+    def _register_attempt(self, attempt: int) -> None:
+        self._ledger.register_attempt(self._plan.study_id, attempt)
+
+    def _say(self, state: str, **facts: Any) -> None:
+        """Status for ``lacuna site status``: what the agent does, nothing about patients."""
+        value = {"state": state, "at": self._clock(), **facts}
+        try:
+            write_private(self._directory / "status.json", json.dumps(value).encode())
+        except OSError as error:
+            log.warning("status cannot be written: %s", error.strerror)
+
+
+def _what_to_tell(error: Exception) -> tuple[str, str]:
+    """Reason and words for the other end; nothing in them comes from scans, paths or figures."""
+    if isinstance(error, (ProtocolRefusedError, RequestRefusedError)):
+        return error.reason, error.message
+    if isinstance(error, MalformedMessageError):
+        return "malformed", "the message does not parse"
+    if isinstance(error, BudgetExceededError):
+        return "budget_exhausted", "the charge would pass this site's budget"
+    if isinstance(error, LedgerError):
+        return "ledger_unavailable", "this site's ledger is not available"
+    return "site_error", "this site cannot serve the request; see its own log"
+
+
+def _unexpected(error: Exception) -> bool:
+    return not isinstance(error, LacunaError)
+
+
+def log_to(path: Path) -> None:
+    """Write the agent's log to a private file, one line an event."""
+    path.touch(mode=0o600, exist_ok=True)
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)

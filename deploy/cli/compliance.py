@@ -1,0 +1,97 @@
+"""``lacuna compliance``: the officer, offline, without torch and without the server's code."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from deploy.cli.output import console, json_option, print_json, read_input, write_output
+from shared.enrolment import make_request
+from shared.errors import SiteError
+from shared.exit_codes import ExitCode
+from shared.home import lacuna_home, private_directory
+from shared.identity import SigningKey, VerifyKey
+from shared.plan_package import open_plan_package
+
+PathType = click.Path(path_type=Path)
+
+
+@click.group(name="compliance")
+def command() -> None:
+    """Check budgets, audits and releases without trusting the coordinator.
+
+    The officer's key lives in LACUNA_HOME/compliance (default ~/.lacuna/compliance).
+    """
+
+
+def _key_path() -> Path:
+    return lacuna_home() / "compliance" / "officer.key"
+
+
+def _key() -> SigningKey:
+    if not _key_path().exists():
+        raise SiteError("no officer's key is here", remedy="lacuna compliance init --name NAME --out FILE")
+    return SigningKey.load(_key_path())
+
+
+@command.command("init")
+@click.option("--name", required=True, help="Name of the officer: a-z, 0-9 and '-'.")
+@click.option("--out", type=PathType, required=True, help="Enrolment request for the coordinator.")
+def init(name: str, out: Path) -> None:
+    """Make the officer's key and an enrolment request for the coordinator."""
+    private_directory(_key_path().parent)
+    key = SigningKey.generate()
+    key.save(_key_path())
+    write_output(out, make_request(role="officer", name=name, key=key), what="enrolment request")
+    click.echo(f"read this fingerprint to the coordinator and the sites: {key.verify_key.fingerprint}")
+
+
+@command.command("verify")
+@click.argument("bundle", type=PathType)
+@click.option("--coordinator-key", help="The coordinator's public key (64 hex digits), read out of band.")
+@click.option("--log", "log_path", type=PathType, help="Release log; finds withdrawals.")
+@json_option
+def verify(bundle: Path, coordinator_key: str | None, log_path: Path | None, as_json: bool) -> None:
+    """Check a release bundle: every file, signature, ledger, verdict, the gate and the approvals."""
+    from privacy.compliance.verify import verify_bundle
+
+    trusted = None if coordinator_key is None else VerifyKey.from_hex(coordinator_key)
+    report = verify_bundle(bundle, coordinator=trusted, log=log_path)
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        report.print_to(console())
+    if not report.passed:
+        sys.exit(ExitCode.REFUSED)
+
+
+@command.command("budget")
+@click.argument("ledgers", nargs=-1, type=PathType, required=True, metavar="LEDGER...")
+@click.option("--heads", type=PathType, help="Receipts of ledger heads: shows old or truncated copies.")
+@json_option
+def budget(ledgers: tuple[Path, ...], heads: Path | None, as_json: bool) -> None:
+    """Recompute epsilon from signed ledgers, by two accountants and the closed form."""
+    from privacy.compliance.budget import check_budget
+
+    report = check_budget(ledgers, heads=heads)
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        report.print_to(console())
+    if not report.passed:
+        sys.exit(ExitCode.REFUSED)
+
+
+@command.command("approve")
+@click.argument("decision", type=PathType)
+@click.option("--plan", "plan_root", type=PathType, required=True, help="Plan package that the officer has.")
+@click.option("--out", type=PathType, required=True, help="Approval for the coordinator.")
+def approve(decision: Path, plan_root: Path, out: Path) -> None:
+    """Sign a gate decision that says release."""
+    from privacy.compliance.approvals import approve_decision
+
+    plan = open_plan_package(plan_root).plan
+    data = read_input(decision, what="gate decision")
+    write_output(out, approve_decision(data, plan=plan, key=_key(), role="officer"), what="approval")

@@ -1,0 +1,309 @@
+"""``lacuna site``: the hospital's data engineer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import click
+
+from client.site_home import SiteHome, init_site
+from client.site_policy import save_policy
+from deploy.cli.output import (
+    json_option,
+    print_json,
+    print_table,
+    progress_bars,
+    read_input,
+    write_output,
+)
+from shared.errors import RefusedError, SiteError, UsageError
+from shared.home import private_directory
+from shared.plan_package import open_plan_package
+
+PathType = click.Path(path_type=Path)
+study_argument = click.argument("study", required=False)
+
+
+@click.group(name="site")
+def command() -> None:
+    """Bring scans in, approve a plan against your own policy, serve, and watch your budget.
+
+    State lives in LACUNA_HOME/site (default ~/.lacuna/site).
+    """
+
+
+def _study(home: SiteHome, study: str | None) -> str:
+    """The study that was named, or the only one there is."""
+    if study is not None:
+        return study
+    approved = home.studies()
+    if len(approved) != 1:
+        raise UsageError(
+            "name the study: " + (f"this site has {', '.join(approved)}" if approved else "none is approved")
+        )
+    return approved[0]
+
+
+@command.command("init")
+@click.option("--name", required=True, help="Site id: a-z, 0-9 and '-'.")
+def init(name: str) -> None:
+    """Make this site's keys and a policy file."""
+    home = SiteHome.default()
+    init_site(home, name=name)
+    click.echo(f"site {name} is set up in {home.root}")
+    click.echo(f"fingerprint: {home.identity().verify_key.fingerprint}")
+    click.echo(f"policy, to be read and edited: {home.policy_path}")
+
+
+@command.command("request")
+@click.option("--out", type=PathType, required=True, help="File for the coordinator.")
+def request(out: Path) -> None:
+    """Write the enrolment request for the coordinator. It holds the public key alone."""
+    from shared.enrolment import make_request
+
+    home = SiteHome.default()
+    data = make_request(role="site", name=home.site_id, key=home.identity())
+    write_output(out, data, what="enrolment request")
+    click.echo(f"read this fingerprint to the coordinator: {home.identity().verify_key.fingerprint}")
+
+
+@command.command("pin")
+@click.argument("name")
+@click.argument("fingerprint")
+def pin(name: str, fingerprint: str) -> None:
+    """Pin the key of a peer (its site id), of the 'coordinator' or of the 'officer'.
+
+    Take the fingerprint from the person, not from a file that the coordinator sent.
+    """
+    home = SiteHome.default()
+    save_policy(home.policy().pinned(name, fingerprint), home.policy_path)
+    click.echo(f"pinned {name}: {fingerprint}")
+
+
+@command.command("import")
+@click.option("--plan", "plan_root", type=PathType, required=True, help="Plan package (a directory).")
+@click.option("--nifti", type=PathType, help="Folder of NIfTI scans with manifest.csv, or the manifest.")
+@click.option("--decathlon", type=PathType, help="Folder of a Medical Segmentation Decathlon task.")
+@click.option("--patients", type=PathType, help="With --decathlon: table of patients (CSV).")
+@click.option("--only", type=PathType, help="With --decathlon: file with the ids of this site's patients.")
+@click.option("--volume-cut", type=float, help="With --decathlon: mm3 below which a scan counts as small.")
+@click.option("--strict", is_flag=True, help="Import nothing if anything is wrong.")
+@json_option
+def import_scans(
+    plan_root: Path,
+    nifti: Path | None,
+    decathlon: Path | None,
+    patients: Path | None,
+    only: Path | None,
+    volume_cut: float | None,
+    strict: bool,
+    as_json: bool,
+) -> None:
+    """Check scans and bring them into this site's store. Repeat it to continue after an interruption."""
+    from client.ingest.decathlon import DecathlonFolder
+    from client.ingest.nifti import NiftiFolder
+    from client.patient_dataset import SiteStore
+    from client.patient_dataset import import_scans as run_import
+
+    if (nifti is None) == (decathlon is None):
+        raise UsageError("give either --nifti or --decathlon")
+    home = SiteHome.default()
+    plan = open_plan_package(plan_root).plan
+    private_directory(home.study(plan.study_id))
+    store_path = home.store_path(plan.study_id)
+    store = SiteStore.open(store_path) if (store_path / "site.key").exists() else SiteStore.create(store_path)
+    source: Any
+    if nifti is not None:
+        source = NiftiFolder(path=nifti)
+    else:
+        assert decathlon is not None
+        if patients is None:
+            raise UsageError("--decathlon needs --patients: the layout itself does not name patients")
+        chosen = None
+        if only is not None:
+            text = read_input(only, what="list of patients").decode("utf-8")
+            chosen = frozenset(line.strip() for line in text.splitlines() if line.strip())
+        source = DecathlonFolder(
+            path=decathlon, patients_csv=patients, patient_ids=chosen, volume_cut_mm3=volume_cut
+        )
+    with progress_bars() as progress:
+        report = run_import(source, store, plan.data, strict=strict, progress=progress)
+    if as_json:
+        print_json(
+            {
+                "imported": list(report.imported),
+                "present": list(report.present),
+                "problems": [str(problem) for problem in report.problems],
+                "cut": [list(entry) for entry in report.cut],
+            }
+        )
+    else:
+        click.echo(
+            f"imported {len(report.imported)}, already here {len(report.present)}, "
+            f"refused {len(report.refused)}"
+        )
+        for problem in report.problems:
+            click.echo(f"  refused: {problem}")
+        for name, lost, total in report.cut:
+            click.echo(f"  cut: {name}: {lost} of {total} label voxels lie outside the grid")
+    if not report.imported and not report.present:
+        raise SiteError("no scan was imported", remedy="mend what is listed above and import again")
+
+
+@command.command("approve")
+@click.argument("plan_root", metavar="PLAN", type=PathType)
+def approve(plan_root: Path) -> None:
+    """Approve a plan package, if every clause of this site's policy holds."""
+    from privacy.dp.execution_plan import check_plan
+
+    home = SiteHome.default()
+    package = open_plan_package(plan_root)
+    plan = package.plan
+    home.policy().check(plan, own_site=home.site_id, own_key=home.identity().verify_key)
+    check_plan(plan)
+    target = private_directory(home.study(plan.study_id)) / "plan"
+    if target.exists():
+        if open_plan_package(target).plan.digest() == plan.digest():
+            click.echo(f"plan {plan.study_id} was approved already")
+            return
+        raise RefusedError(
+            f"this site has approved another plan of study {plan.study_id!r}",
+            remedy="a changed plan is a new study: ask the coordinator for a new study id",
+        )
+    part = target.with_name("plan.part")
+    shutil.rmtree(part, ignore_errors=True)
+    shutil.copytree(plan_root, part)
+    part.rename(target)
+    epsilon = "infinite" if plan.privacy.epsilon is None else f"{plan.privacy.epsilon:g}"
+    click.echo(
+        f"approved plan {plan.study_id} ({plan.digest().hex()[:16]}): mode {plan.privacy.mode}, "
+        f"epsilon {epsilon} at delta {plan.privacy.delta:g} per patient, {plan.privacy.rounds} rounds"
+    )
+
+
+@command.command("serve")
+@study_argument
+@click.option("--socket", "socket_path", type=PathType, help="Unix socket for the courier.")
+@click.option("--group", help="Group that may use the socket.")
+@click.option("--allow-uid", "uids", type=int, multiple=True, help="Uid that may speak to the agent.")
+@click.option("--listen", metavar="HOST:PORT", help="TCP with mutual TLS in place of the socket.")
+@click.option("--certificate", type=PathType, help="With --listen: the agent's certificate (PEM).")
+@click.option("--tls-key", type=PathType, help="With --listen: its key (PEM).")
+@click.option("--client-authority", type=PathType, help="With --listen: who signs couriers' certificates.")
+@click.option("--device", default="cpu", show_default=True, help="Torch device.")
+@click.option("--threads", type=int, help="CPU threads for torch.")
+def serve(
+    study: str | None,
+    socket_path: Path | None,
+    group: str | None,
+    uids: tuple[int, ...],
+    listen: str | None,
+    certificate: Path | None,
+    tls_key: Path | None,
+    client_authority: Path | None,
+    device: str,
+    threads: int | None,
+) -> None:
+    """Run the site agent for an approved study, until it is stopped. It needs no network."""
+    from client.serving import ServeOptions, serve_study
+
+    home = SiteHome.default()
+    study_id = _study(home, study)
+    tls: tuple[str, Path, Path, Path] | None = None
+    if listen is not None:
+        if certificate is None or tls_key is None or client_authority is None:
+            raise UsageError("--listen needs --certificate, --tls-key and --client-authority")
+        tls = (listen, certificate, tls_key, client_authority)
+    options = ServeOptions(
+        socket_path=socket_path or home.study(study_id) / "agent.sock",
+        group=group,
+        allowed_uids=frozenset(uids),
+        tls=tls,
+        device=device,
+        threads=threads,
+    )
+    stopped = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopped.set())
+    with progress_bars() as progress:
+        running = serve_study(home, study_id, options, progress=progress)
+    with running:
+        click.echo(f"site {home.site_id} serves study {study_id} on {running.address}")
+        stopped.wait()
+    click.echo("stopped")
+
+
+@command.command("status")
+@study_argument
+@json_option
+def status(study: str | None, as_json: bool) -> None:
+    """What the agent of a study is doing."""
+    home = SiteHome.default()
+    path = home.study(_study(home, study)) / "status.json"
+    if not path.exists():
+        raise SiteError("the agent has not run yet", remedy="lacuna site serve")
+    value = json.loads(path.read_bytes())
+    if as_json:
+        print_json(value)
+    else:
+        print_table(f"site {home.site_id}", ["what", "value"], [[k, str(v)] for k, v in value.items()])
+
+
+@command.command("budget")
+@json_option
+def budget(as_json: bool) -> None:
+    """Privacy spent, reserved and left, for each study and in all."""
+    from client.budget_report import site_budget
+
+    report = site_budget(SiteHome.default())
+    if as_json:
+        print_json(report.to_dict())
+        return
+    print_table(
+        f"privacy budget of site {report.site_id}, per patient, at delta as in each plan", *report.table()
+    )
+
+
+@command.command("audit")
+@study_argument
+@click.option("--veto", is_flag=True, help="Refuse the release without giving a reason.")
+@json_option
+def audit(study: str | None, veto: bool, as_json: bool) -> None:
+    """This site's own figures of the last audit. They never leave the hospital."""
+    from client.audit_view import audit_lines
+
+    home = SiteHome.default()
+    directory = home.study(_study(home, study))
+    if veto:
+        (directory / "veto").touch(mode=0o600)
+        click.echo("veto recorded: the next verdict of this site carries it")
+        return
+    path = directory / "audit.json"
+    if not path.exists():
+        raise SiteError("no candidate was audited here yet")
+    value = json.loads(path.read_bytes())
+    if as_json:
+        print_json(value)
+        return
+    for line in audit_lines(value):
+        click.echo(line)
+
+
+@command.command("approve-release")
+@click.argument("decision", type=PathType)
+@click.option("--out", type=PathType, required=True, help="File for the coordinator.")
+@study_argument
+def approve_release(decision: Path, out: Path, study: str | None) -> None:
+    """Sign a gate decision that says release, after checking it against the approved plan."""
+    from privacy.compliance.approvals import approve_decision
+
+    home = SiteHome.default()
+    plan = home.approved_plan(_study(home, study)).plan
+    data = read_input(decision, what="gate decision")
+    approval = approve_decision(data, plan=plan, key=home.identity(), role="site", site_id=home.site_id)
+    write_output(out, approval, what="approval")

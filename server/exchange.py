@@ -1,0 +1,108 @@
+"""One exchange: a message to each of several sites, and their answers as they come.
+
+A site is given up for this exchange when its node is gone, when its courier cannot reach the agent, when
+the whole answer does not parse, or at the deadline; whatever it still sends is not read.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from server.site_directory import SiteDirectory
+from server.transport import Transport
+from shared.agent_messages import EXCHANGE, EXCHANGE_REPLY, REFUSED
+from shared.errors import LacunaError
+from shared.wire import Envelope, pack, unpack
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """How long the driver waits. Seconds."""
+
+    exchange_s: float = 1800.0
+    quorum_s: float = 900.0
+    hello_s: float = 60.0
+    poll_s: float = 0.2
+    node_check_s: float = 2.0
+
+
+class Exchanger:
+    """Runs exchanges over a transport."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        directory: SiteDirectory,
+        pace: Pace,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._transport = transport
+        self._directory = directory
+        self._pace = pace
+        self._clock = clock
+
+    def run(
+        self,
+        parts: Mapping[str, Sequence[Envelope]],
+        *,
+        on_parts: Callable[[str, list[Envelope]], None],
+    ) -> dict[str, str]:
+        """Send every site its parts and hand each answer's parts to ``on_parts`` as they arrive.
+
+        Returns:
+            For each site that gave no answer, why.
+        """
+        envelopes = {site: pack(EXCHANGE, list(items)) for site, items in parts.items() if items}
+        return self.send(envelopes, on_reply=lambda site, reply: on_parts(site, _parts(reply)))
+
+    def send(
+        self, envelopes: Mapping[str, Envelope], *, on_reply: Callable[[str, Envelope], None]
+    ) -> dict[str, str]:
+        """Send one envelope a site; see :meth:`run`."""
+        lost: dict[str, str] = {}
+        pending: dict[str, str] = {}
+        for site, envelope in envelopes.items():
+            message_id = self._transport.push(
+                self._directory.node(site), envelope, ttl_s=self._pace.exchange_s + 60
+            )
+            pending[message_id] = site
+        deadline = self._clock() + self._pace.exchange_s
+        next_check = self._clock() + self._pace.node_check_s
+        while pending:
+            replies = self._transport.pull(list(pending))
+            for reply in replies:
+                site = pending.pop(reply.message_id)
+                if isinstance(reply.content, str):
+                    lost[site] = reply.content
+                elif reply.content.kind == REFUSED:
+                    lost[site] = str(reply.content.body.get("reason", "refused"))[:64]
+                else:
+                    try:
+                        on_reply(site, reply.content)
+                    except LacunaError as error:
+                        lost[site] = error.message
+            now = self._clock()
+            if now >= next_check and pending:
+                next_check = now + self._pace.node_check_s
+                connected = set(self._transport.nodes())
+                for message_id, site in list(pending.items()):
+                    if self._directory.node(site) not in connected:
+                        lost[site] = "its node is gone"
+                        del pending[message_id]
+            if now >= deadline:
+                lost.update(dict.fromkeys(pending.values(), "no answer before the deadline"))
+                break
+            if pending and not replies:
+                time.sleep(self._pace.poll_s)
+        for site in lost:
+            self._directory.forget(site)
+        return lost
+
+
+def _parts(reply: Envelope) -> list[Envelope]:
+    if reply.kind != EXCHANGE_REPLY:
+        raise LacunaError(f"answered with a {reply.kind!r}")
+    return unpack(reply)
