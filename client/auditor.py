@@ -202,7 +202,7 @@ def audit_candidate(
     )
     losses, distances = [], []
     checked_NCDHW = samples_NCDHW[: clause.copy_samples]
-    embedding_NE = embed(autoencoder, checked_NCDHW) if clause.copy_samples else None
+    embedding_NE = embed(autoencoder, checked_NCDHW.to(device)) if clause.copy_samples else None
     for group, stage in ((members, "members"), (held_out, "held out")):
         losses.append(
             attack_losses(

@@ -202,7 +202,7 @@ def invert_score_test(
         if rejected(near):  # an estimate outside [0, 1], which noise can give
             return near
         outside, inside = far, near
-        for _ in range(50):
+        for _ in range(40):
             middle = (outside + inside) / 2.0
             outside, inside = (middle, inside) if rejected(middle) else (outside, middle)
         return inside

@@ -14,6 +14,7 @@ consists of the values a that the test keeps; its coverage is checked by simulat
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,7 +87,7 @@ def pooled_auc_interval(histograms: NoisedHistograms, *, error: float) -> Interv
         return None
     estimate = _auc(histograms.members_B, histograms.held_out_B)
     low, high = invert_score_test(
-        estimate, lambda a: _variance(histograms, a), z=float(stats.norm.isf(error))
+        estimate, _variance_curve(histograms), z=float(stats.norm.isf(error))
     )
     return Interval(estimate=min(max(estimate, 0.0), 1.0), low=low, high=high, error=error)
 
@@ -152,9 +153,10 @@ def planned_power(
     if not expected.carries_figure:
         return 0.0
     binned_auc = _auc(expected.members_B, expected.held_out_B)
+    variance = _variance_curve(expected)
     z = float(stats.norm.isf(error))
-    margin = binned_auc - bound - z * math.sqrt(_variance(expected, bound))
-    spread = math.sqrt(_variance(expected, binned_auc))
+    margin = binned_auc - bound - z * math.sqrt(variance(bound))
+    spread = math.sqrt(variance(binned_auc))
     if spread == 0.0:
         return float(margin > 0)
     return float(stats.norm.cdf(margin / spread))
@@ -168,17 +170,22 @@ def _auc(members_B: FloatArray, held_out_B: FloatArray) -> float:
     return float(members_B @ _kernel(members_B.size) @ held_out_B / (members_B.sum() * held_out_B.sum()))
 
 
-def _variance(histograms: NoisedHistograms, value: float) -> float:
-    """Variance of the estimate if the true AUC were ``value``: sampling and noise."""
-    m_B, h_B = histograms.members_B, histograms.held_out_B
-    n_m, n_h = histograms.n_members, histograms.n_held_out
-    kernel_BB = _kernel(m_B.size) - value
-    v_m, v_h = histograms.members_std**2, histograms.held_out_std**2
-    noise = v_m * np.square(kernel_BB @ h_B).sum() + v_h * np.square(m_B @ kernel_BB).sum()
-    # The noised cells inside these squares contain the product term of second order twice, where once would
-    # do: it stays, against the skewness of small samples.
-    sampling = max(auc_variance(value, n_m, n_h), _delong(m_B, h_B))
-    return float(noise / (n_m * n_h) ** 2 + sampling)
+def _variance_curve(histograms: NoisedHistograms) -> Callable[[float], float]:
+    """Variance of the estimate as a function of the true AUC: sampling and noise."""
+    m_B, h_B = histograms.members_B, histograms.held_out_B n_m, n_h = histograms.n_members,
+    histograms.n_held_out bins = m_B.size kernel_BB = _kernel(bins) v_m, v_h = histograms.members_std**2,
+    histograms.held_out_std**2 # v_m |(K - a) h|^2 + v_h |m' (K - a)|^2, as a polynomial in a. The noised
+    cells inside these squares contain # the product term of second order twice, where once would do: it
+    stays, against the skewness of small samples. of_h, of_m = kernel_BB @ h_B, m_B @ kernel_BB constant =
+    float(v_m * (of_h @ of_h) + v_h * (of_m @ of_m)) linear = float(-2.0 * (v_m * n_h * of_h.sum() + v_h *
+    n_m * of_m.sum())) square = float(bins * (v_m * n_h**2 + v_h * n_m**2)) delong = _delong(m_B, h_B) scale
+    = (n_m * n_h) ** 2
+
+    def variance(value: float) -> float:
+        noise = max(constant + value * (linear + value * square), 0.0)
+        return noise / scale + max(auc_variance(value, n_m, n_h), delong)
+
+    return variance
 
 
 def _delong(members_B: FloatArray, held_out_B: FloatArray) -> float:
