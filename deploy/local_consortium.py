@@ -220,8 +220,8 @@ class LocalConsortium:
         if pid is None:
             raise CoordinatorError(f"no {kind} {index} is running")
         os.kill(pid, signal.SIGKILL)
-        while _runs(pid):
-            time.sleep(0.02)
+        while self.pid_of(kind, index) == pid:
+            time.sleep(0.05)
 
     def restart_agent(self, index: int, *, wait: bool = True) -> None:
         self._end(self._name("agent", index))
@@ -326,7 +326,13 @@ class LocalConsortium:
             if self.pid_of("serverapp") is not None:
                 gone_since = None
             else:
-                status, details = self.status(run_id)
+                try:
+                    status, details = self.status(run_id)
+                except CoordinatorError as error:
+                    if self.pid_of("superlink") is not None:
+                        self._progress(f"the SuperLink did not say how run {run_id} is: {error.message}")
+                    time.sleep(poll_s)
+                    continue
                 if status.startswith("finished"):
                     return outcome(status, details)
                 gone_since = gone_since or time.monotonic()
@@ -536,13 +542,6 @@ def _free_port() -> int:
             except OSError:
                 continue
             return port
-
-
-def _runs(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def _toml(value: RunValue) -> str:

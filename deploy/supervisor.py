@@ -118,22 +118,29 @@ class Supervisor:
         return {"ok": True, "pid": child.pid}
 
     def _processes(self) -> list[dict[str, Any]]:
-        found = []
-        for name, child in self._children.items():
-            if child.poll() is None:
-                for pid in (child.pid, *_descendants(child.pid)):
-                    found.append({"name": name, "pid": pid, "argv": _argv(pid)})
-        return found
+        parents = _parents()
+        return [
+            {"name": name, "pid": pid, "argv": _argv(pid)}
+            for name, child in self._children.items()
+            if child.poll() is None
+            for pid in (child.pid, *_descendants(child.pid, parents))
+            if _alive(pid)
+        ]
 
     def _reap(self) -> None:
         """Take note of dead children; orphans that were adopted are reaped here too."""
-        known = {child.pid: child for child in self._children.values() if child.returncode is None}
-        for pid in _children_of(os.getpid()):
-            if pid in known:
-                known[pid].poll()
-            elif _is_zombie(pid):
-                with contextlib.suppress(ChildProcessError):
-                    os.waitpid(pid, os.WNOHANG)
+        known = {child.pid: child for child in self._children.values()}
+        while True:
+            try:
+                dead = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                return
+            if dead is None:
+                return
+            if dead.si_pid in known:
+                known[dead.si_pid].poll()
+            else:
+                os.waitpid(dead.si_pid, 0)
 
     def _end_all(self) -> None:
         _end(_descendants(os.getpid()))
@@ -183,11 +190,6 @@ def _alive(pid: int) -> bool:
     return stat is not None and stat[0] != "Z"
 
 
-def _is_zombie(pid: int) -> bool:
-    stat = _stat(pid)
-    return stat is not None and stat[0] == "Z"
-
-
 def _parents() -> dict[int, int]:
     found = {}
     for entry in Path("/proc").iterdir():
@@ -196,12 +198,8 @@ def _parents() -> dict[int, int]:
     return found
 
 
-def _children_of(pid: int) -> list[int]:
-    return [child for child, parent in _parents().items() if parent == pid]
-
-
-def _descendants(pid: int) -> list[int]:
-    parents = _parents()
+def _descendants(pid: int, parents: dict[int, int] | None = None) -> list[int]:
+    parents = _parents() if parents is None else parents
     found: list[int] = []
     frontier = {pid}
     while frontier:

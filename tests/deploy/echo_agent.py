@@ -13,10 +13,12 @@ ML = ("libtorch", "torch/", "opacus", "monai")
 
 
 def echo(envelope: Envelope, peer: AgentPeer) -> Envelope:
+    arrived = time.time()
     time.sleep(float(os.environ.get("ECHO_DELAY_S", "0")))
     mapped = Path(f"/proc/{peer.pid}/maps").read_text()
     body = {
         **envelope.body,
+        "arrived_at": arrived,
         "agent_pid": os.getpid(),
         "courier_pid": peer.pid,
         "courier_uid": peer.uid,

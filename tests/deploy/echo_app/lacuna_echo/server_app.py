@@ -22,7 +22,7 @@ def main(grid: Grid, context: Context) -> None:
         time.sleep(0.2)
     for exchange in range(int(config["exchanges"])):
         blob = exchange.to_bytes(4, "big") * (int(config["blob-bytes"]) // 4)
-        started = time.monotonic()
+        started, started_at = time.monotonic(), time.time()
         waiting = {}
         for node in transport.nodes():
             request = Envelope("ping", {"exchange": exchange}, (blob, b"", b"tail"))
@@ -43,6 +43,7 @@ def main(grid: Grid, context: Context) -> None:
                 else:
                     line["kind"] = reply.content.kind
                     line["body"] = reply.content.body
+                    line["arrived_s"] = reply.content.body["arrived_at"] - started_at
                     line["same"] = reply.content.blobs == (blob, b"", b"tail")
                 with out.open("a") as file:
                     file.write(json.dumps(line) + "\n")
