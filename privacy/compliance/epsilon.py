@@ -14,6 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import dp_accounting
@@ -68,22 +69,9 @@ def spent_epsilon(events: Iterable[ChargedEvent], *, delta: float, observer: Obs
     if not steps:
         return SpentEpsilon(delta=delta, first=0.0, second=0.0, second_is="closed form", reported=0.0)
     # Max-divergence of the integer noise from a Gaussian: e^D on delta, 2 D on epsilon.
-    inner = delta * math.exp(-divergence)
-    full = all(rate == 1 for rate, _ in steps)
-    renyi = _compose(RdpAccountant(), steps).get_epsilon(inner)
-    interval = min(max(renyi / 20_000, 1e-5), 1e6)
-    first = _compose(PLDAccountant(value_discretization_interval=interval), steps).get_epsilon(inner)
-    if full:
-        mu = math.sqrt(math.fsum(count / noise**2 for (_, noise), count in steps.items()))
-        second = gaussian_epsilon(mu, inner)
-        if abs(first - second) > AGREEMENT * max(first, second) + 1e-3:
-            raise EvidenceError(f"two accountants disagree: epsilon {first:.6g} and {second:.6g}")
-        reported = max(first, second)
-    else:
-        second = renyi
-        if not 0.99 * first - 1e-3 <= second <= 1.5 * first + 0.3:
-            raise EvidenceError(f"two accountants disagree: epsilon {first:.6g}, Renyi bound {second:.6g}")
-        reported = first
+    groups = tuple(sorted((rate, noise, count) for (rate, noise), count in steps.items()))
+    first, second, full = _two_accountants(groups, delta * math.exp(-divergence))
+    reported = max(first, second) if full else first
     extra = 2 * divergence
     return SpentEpsilon(
         delta=delta,
@@ -92,6 +80,22 @@ def spent_epsilon(events: Iterable[ChargedEvent], *, delta: float, observer: Obs
         second_is="closed form" if full else "renyi",
         reported=float(reported + extra),
     )
+
+
+@lru_cache(maxsize=1024)
+def _two_accountants(groups: tuple[tuple[float, float, int], ...], delta: float) -> tuple[float, float, bool]:
+    """(PLD, closed form or Renyi, whether closed form) of (rate, noise multiplier, steps) groups."""
+    renyi = float(_compose(RdpAccountant(), groups).get_epsilon(delta))
+    interval = min(max(renyi / 20_000, 1e-5), 1e6)
+    first = float(_compose(PLDAccountant(value_discretization_interval=interval), groups).get_epsilon(delta))
+    if any(rate < 1 for rate, _, _ in groups):
+        if not 0.99 * first - 1e-3 <= renyi <= 1.5 * first + 0.3:
+            raise EvidenceError(f"two accountants disagree: epsilon {first:.6g}, Renyi bound {renyi:.6g}")
+        return first, renyi, False
+    closed = gaussian_epsilon(math.sqrt(math.fsum(count / noise**2 for _, noise, count in groups)), delta)
+    if abs(first - closed) > AGREEMENT * max(first, closed) + 1e-3:
+        raise EvidenceError(f"two accountants disagree: epsilon {first:.6g} and {closed:.6g}")
+    return first, closed, True
 
 
 def gaussian_epsilon(mu: float, delta: float) -> float:
@@ -110,8 +114,8 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
     return float(optimize.brentq(excess, 0.0, high, xtol=1e-10, rtol=1e-12))
 
 
-def _compose(accountant: Any, steps: Counter[tuple[float, float]]) -> Any:
-    for (rate, noise), count in sorted(steps.items()):
+def _compose(accountant: Any, groups: tuple[tuple[float, float, int], ...]) -> Any:
+    for rate, noise, count in groups:
         event = dp_accounting.GaussianDpEvent(noise)
         accountant.compose(event if rate == 1 else dp_accounting.PoissonSampledDpEvent(rate, event), count)
     return accountant

@@ -92,7 +92,9 @@ def make_keys() -> dict[str, SigningKey]:
     return {name: SigningKey.generate() for name in ("coordinator", "officer", *SITES)}
 
 
-def plan_value(keys: dict[str, SigningKey], *, autoencoder_sha256: str, mode: str = "distributed") -> dict[str, Any]:
+def plan_value(
+    keys: dict[str, SigningKey], *, autoencoder_sha256: str, mode: str = "distributed"
+) -> dict[str, Any]:
     """A plan as a parsed document, calibrated."""
     epsilon = None if mode == "unprotected" else 8.0
     proposed = propose_privacy(
@@ -161,7 +163,7 @@ def make_ledger(
     plan: StudyPlan,
     records: tuple[AttemptRecord, ...],
     *,
-    event: Callable[[str, PrivacyEvent], PrivacyEvent] = lambda purpose, event: event,
+    event: Callable[[str, PrivacyEvent], PrivacyEvent] = lambda _, event: event,
     also: tuple[Charge, ...] = (),
 ) -> bytes:
     """Charge every opened attempt in a real ledger and export it."""
@@ -194,14 +196,18 @@ def honest_counts(plan: StudyPlan, *, leak: bool = False) -> tuple[int, ...]:
     members = high if leak else half
     public = np.array([40, 80, 80, 40])
     cells = np.concatenate(
-        [members * PRIMARY_WEIGHT, members * PRIMARY_WEIGHT, half * PRIMARY_WEIGHT]
-        + [2 * public * CONTROL_WEIGHT, public * CONTROL_WEIGHT, [0]]
+        [
+            np.concatenate([members, members, half]) * PRIMARY_WEIGHT,
+            np.concatenate([2 * public, public, [0]]) * CONTROL_WEIGHT,
+        ]
     )
     assert cells.size == 3 * s + 2 * c + 1 == layout.length
     return tuple(int(n) for n in cells)
 
 
-def make_verdict(study_keys: dict[str, SigningKey], plan: StudyPlan, site: str, candidate: str, **changes: Any) -> bytes:
+def make_verdict(
+    study_keys: dict[str, SigningKey], plan: StudyPlan, site: str, candidate: str, **changes: Any
+) -> bytes:
     values: dict[str, Any] = {
         "candidate_sha256": candidate,
         "run_id": "run-1",
