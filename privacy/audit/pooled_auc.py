@@ -86,9 +86,7 @@ def pooled_auc_interval(histograms: NoisedHistograms, *, error: float) -> Interv
     if not histograms.carries_figure:
         return None
     estimate = _auc(histograms.members_B, histograms.held_out_B)
-    low, high = invert_score_test(
-        estimate, _variance_curve(histograms), z=float(stats.norm.isf(error))
-    )
+    low, high = invert_score_test(estimate, _variance_curve(histograms), z=float(stats.norm.isf(error)))
     return Interval(estimate=min(max(estimate, 0.0), 1.0), low=low, high=high, error=error)
 
 
@@ -172,14 +170,20 @@ def _auc(members_B: FloatArray, held_out_B: FloatArray) -> float:
 
 def _variance_curve(histograms: NoisedHistograms) -> Callable[[float], float]:
     """Variance of the estimate as a function of the true AUC: sampling and noise."""
-    m_B, h_B = histograms.members_B, histograms.held_out_B n_m, n_h = histograms.n_members,
-    histograms.n_held_out bins = m_B.size kernel_BB = _kernel(bins) v_m, v_h = histograms.members_std**2,
-    histograms.held_out_std**2 # v_m |(K - a) h|^2 + v_h |m' (K - a)|^2, as a polynomial in a. The noised
-    cells inside these squares contain # the product term of second order twice, where once would do: it
-    stays, against the skewness of small samples. of_h, of_m = kernel_BB @ h_B, m_B @ kernel_BB constant =
-    float(v_m * (of_h @ of_h) + v_h * (of_m @ of_m)) linear = float(-2.0 * (v_m * n_h * of_h.sum() + v_h *
-    n_m * of_m.sum())) square = float(bins * (v_m * n_h**2 + v_h * n_m**2)) delong = _delong(m_B, h_B) scale
-    = (n_m * n_h) ** 2
+    m_B, h_B = histograms.members_B, histograms.held_out_B
+    n_m, n_h = histograms.n_members, histograms.n_held_out
+    bins = m_B.size
+    kernel_BB = _kernel(bins)
+    v_m, v_h = histograms.members_std**2, histograms.held_out_std**2
+    # v_m |(K - a) h|^2 + v_h |m' (K - a)|^2, as a polynomial in a. The noised cells inside these squares
+    # contain the product term of second order twice, where once would do: it stays, against the skewness of
+    # small samples.
+    of_h, of_m = kernel_BB @ h_B, m_B @ kernel_BB
+    constant = float(v_m * (of_h @ of_h) + v_h * (of_m @ of_m))
+    linear = float(-2.0 * (v_m * n_h * of_h.sum() + v_h * n_m * of_m.sum()))
+    square = float(bins * (v_m * n_h**2 + v_h * n_m**2))
+    delong = _delong(m_B, h_B)
+    scale = (n_m * n_h) ** 2
 
     def variance(value: float) -> float:
         noise = max(constant + value * (linear + value * square), 0.0)

@@ -19,7 +19,7 @@ from shared.errors import UsageError
 EDGES = np.linspace(-1.0, 3.0, 7)
 ERROR = 0.0125
 CELL = 2.0 * 1.5
-"""Noise of a held-out cell in patients: multiplier 2, three survivors, t - c = 2 (members: sqrt 2 as much)."""
+"""Noise of a held-out cell in patients: multiplier 2, 3 survivors, t - c = 2 (members: sqrt 2 of it)."""
 
 
 def _draw(
