@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from shared.canonical import parse_json
+from shared.checkpoint import file_sha256
 from shared.errors import CoordinatorError, MalformedMessageError, UsageError
 from shared.model.autoencoder import LatentAutoencoder, build_autoencoder
 from shared.model.candidate import load_denoiser
@@ -25,7 +26,7 @@ from shared.volumes.contact_sheet import contact_sheet
 from shared.volumes.synthetic import (
     Provenance,
     SyntheticPair,
-    bundle_sha256,
+    files_sha256,
     is_complete,
     pair_paths,
     read_pair,
@@ -39,6 +40,8 @@ METADATA_FILE = "configs/metadata.json"
 INFERENCE_FILE = "configs/inference.json"
 AUTOENCODER_FILE = "models/autoencoder.safetensors"
 DENOISER_FILE = "models/denoiser.safetensors"
+RELEASE_FILE = "attestations/release.dsse.json"
+"""The signed release statement; its SHA-256 is what the release log calls the bundle."""
 
 Side = Annotated[int, Field(ge=1, le=1024)]
 Step = Annotated[float, Field(gt=0, le=100)]
@@ -49,7 +52,7 @@ class BundleError(CoordinatorError):
 
 
 class BundleMetadata(BaseModel):
-    """What generation needs of ``configs/metadata.json``; MONAI's other keys are not read."""
+    """What generation needs of section ``lacuna`` of ``configs/metadata.json``; other keys are not read."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
@@ -62,16 +65,17 @@ class BundleMetadata(BaseModel):
     spacing_mm: tuple[Step, Step, Step]
     sampling_steps: int = Field(ge=1, le=1000)
     guidance_scale: float = Field(ge=0, le=100)
-    trainable: str = "all"
+    trained_parameters: str
     """Which parameters trained privately; ``low_rank`` adds adapters to the denoiser's file."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Generator:
-    """A released generator, ready to sample."""
+    """A released generator, ready to sample. For the hashes see :class:`Provenance`."""
 
     metadata: BundleMetadata
     bundle_sha256: str
+    bundle_files_sha256: str
     autoencoder: LatentAutoencoder
     denoiser: Denoiser
     device: str
@@ -120,7 +124,7 @@ def read_metadata(bundle_dir: Path) -> BundleMetadata:
     Raises:
         BundleError: names every missing file or wrong key.
     """
-    names = (METADATA_FILE, INFERENCE_FILE, AUTOENCODER_FILE, DENOISER_FILE)
+    names = (METADATA_FILE, INFERENCE_FILE, AUTOENCODER_FILE, DENOISER_FILE, RELEASE_FILE)
     missing = [name for name in names if not (bundle_dir / name).is_file()]
     if missing:
         raise BundleError(
@@ -129,7 +133,11 @@ def read_metadata(bundle_dir: Path) -> BundleMetadata:
         )
     path = bundle_dir / METADATA_FILE
     try:
-        return BundleMetadata.model_validate(parse_json(path.read_bytes(), what=str(path)))
+        document = parse_json(path.read_bytes(), what=str(path))
+        section = document.get("lacuna") if isinstance(document, dict) else None
+        if section is None:
+            raise BundleError(f"{path}: there is no section lacuna", remedy="this is not a Lacuna bundle")
+        return BundleMetadata.model_validate(section)
     except ValidationError as error:
         wrong = "; ".join(
             f"{'.'.join(str(part) for part in problem['loc']) or 'document'}: {problem['msg']}"
@@ -156,13 +164,14 @@ def load_generator(bundle_dir: Path, *, device: str = "cpu") -> Generator:
             bundle_dir / DENOISER_FILE,
             preset=metadata.preset,
             n_conditions=len(metadata.conditions),
-            trainable=metadata.trainable,
+            trainable=metadata.trained_parameters,
         )
     except MalformedMessageError as error:
         raise BundleError(str(error), remedy="run `lacuna compliance verify` on the bundle") from error
     return Generator(
         metadata=metadata,
-        bundle_sha256=bundle_sha256(bundle_dir),
+        bundle_sha256=file_sha256(bundle_dir / RELEASE_FILE),
+        bundle_files_sha256=files_sha256(bundle_dir),
         autoencoder=autoencoder.requires_grad_(False).eval().to(device),
         denoiser=denoiser.to(device),
         device=device,
@@ -222,6 +231,7 @@ def generate_volumes(
     generator = load_generator(bundle_dir, device=device)
     provenance = Provenance(
         bundle_sha256=generator.bundle_sha256,
+        bundle_files_sha256=generator.bundle_files_sha256,
         study_id=metadata.study_id,
         condition=condition,
         seed=seed,

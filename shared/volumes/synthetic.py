@@ -36,7 +36,8 @@ class Provenance:
     """Everything that decides what a run's samples look like.
 
     Attributes:
-        bundle_sha256: :func:`bundle_sha256` of the release.
+        bundle_sha256: SHA-256 of the signed release statement: what the release log calls the bundle.
+        bundle_files_sha256: :func:`files_sha256` of the bundle as it was used: tells a changed file.
         study_id: Study that the release comes from.
         condition: Name of the condition.
         seed: Public seed; sample i depends on (seed, i).
@@ -47,6 +48,7 @@ class Provenance:
     """
 
     bundle_sha256: str
+    bundle_files_sha256: str
     study_id: str
     condition: str
     seed: int
@@ -145,7 +147,7 @@ def read_pair(pair: SyntheticPair) -> tuple[NDArray[np.float32], NDArray[np.uint
     return image.voxels_DHW.astype(np.float32), mask.voxels_DHW.astype(np.uint8)
 
 
-def bundle_sha256(bundle_dir: Path) -> str:
+def files_sha256(bundle_dir: Path) -> str:
     """Hexadecimal digest over the relative names and SHA-256 hashes of all files of a folder."""
     files = sorted(
         (path.relative_to(bundle_dir).as_posix(), path) for path in bundle_dir.rglob("*") if path.is_file()
@@ -168,6 +170,7 @@ def _sidecar(provenance: Provenance, index: int, *, files: dict[str, str]) -> di
         "synthetic": True,
         "lacuna_version": lacuna_version(),
         "bundle_sha256": provenance.bundle_sha256,
+        "bundle_files_sha256": provenance.bundle_files_sha256,
         "study_id": provenance.study_id,
         "condition": provenance.condition,
         "seed": provenance.seed,

@@ -17,39 +17,84 @@ import pytest
 import torch
 from PIL import Image
 
+from server.release.monai_config import bundle_metadata, inference_config
 from shared.errors import UsageError
 from shared.generation import BundleError, generate_volumes, read_metadata
 from shared.model.autoencoder import build_autoencoder
 from shared.model.denoiser import build_denoiser, parameter_subset
 from shared.model.presets import PRESETS
 from shared.model.weights import save_weights
-from shared.volumes.synthetic import OutputConflictError, bundle_sha256
+from shared.study_plan import StudyPlan, parse_plan
+from shared.volumes.synthetic import OutputConflictError, files_sha256
 
 GRID = (8, 16, 16)
-METADATA = {
-    "preset": "micro",
-    "conditions": ["common", "rare"],
-    "labels": ["organ", "lesion"],
-    "n_labels": 2,
-    "grid_shape": list(GRID),
-    "spacing_mm": [4.0, 3.0, 2.0],
-    "sampling_steps": 2,
-    "guidance_scale": 1.0,
-    "study_id": "rare-lesion",
-    "monai_version": "1.6.0",
-}
+
+
+def make_plan(trainable: str) -> StudyPlan:
+    keys = [f"{number:064x}" for number in range(1, 6)]
+    sites = [{"site_id": f"site-{number}", "identity_key": keys[number]} for number in range(3)]
+    return parse_plan(
+        {
+            "format": "lacuna/study-plan/v1",
+            "study_id": "rare-lesion",
+            "title": "",
+            "roster": {"coordinator_key": keys[3], "officer_key": keys[4], "sites": sites},
+            "data": {
+                "conditions": ["common", "rare"],
+                "rare_condition": "rare",
+                "labels": ["organ", "lesion"],
+                "grid_shape": list(GRID),
+                "spacing_mm": [4.0, 3.0, 2.0],
+            },
+            "model": {
+                "preset": "micro",
+                "autoencoder_sha256": "0" * 64,
+                "prior_sha256": "1" * 64,
+                "trainable": trainable,
+                "dimension": 1,
+                "sampling_steps": 2,
+            },
+            "privacy": {
+                "unit": "patient",
+                "neighbouring": "add_or_remove_one_patient",
+                "mode": "distributed",
+                "epsilon": 8.0,
+                "delta": 1e-5,
+                "clip_norm": 1.0,
+                "declared_patients": 30,
+                "rounds": 1,
+                "max_attempts": 4,
+                "noise_multiplier": 3.0,
+                "audit_noise_multiplier": 3.0,
+            },
+            "secure_aggregation": {
+                "threshold": 3,
+                "max_colluding": 1,
+                "grid_step": 1e-4,
+                "clamp_steps": 1000,
+            },
+            "audit": {"score_edges": [0.0], "control_edges": [0.0], "copy_distance": 1.0},
+            "release": {"site_approvals": 1},
+        },
+        what="test plan",
+    )
 
 
 def make_bundle(root: Path, *, trainable: str = "all") -> Path:
-    (root / "configs").mkdir(parents=True)
-    (root / "attestations").mkdir()
-    (root / "attestations" / "plan.json").write_text("{}")
-    (root / "configs" / "metadata.json").write_text(json.dumps(METADATA))
-    (root / "configs" / "inference.json").write_text("{}")
+    """A bundle as the release lays it out, with networks of known weights."""
+    plan = make_plan(trainable)
+    metadata = bundle_metadata(plan, version="1.0.0", versions={}, digests={})
+    for name, text in (
+        ("configs/metadata.json", json.dumps(metadata)),
+        ("configs/inference.json", json.dumps(inference_config(plan))),
+        ("attestations/release.dsse.json", "{}"),
+        ("attestations/plan.json", "{}"),
+    ):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
     denoiser = build_denoiser(PRESETS["micro"], n_conditions=2, seed=1)
     if trainable == "low_rank":
         parameter_subset(denoiser, trainable)
-        (root / "configs" / "metadata.json").write_text(json.dumps(METADATA | {"trainable": trainable}))
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():  # a fresh network ends in zeros, and would not heed its condition
         for parameter in denoiser.parameters():
@@ -97,7 +142,10 @@ def test_pairs_say_what_they_are_and_where_they_come_from(bundle: Path, tmp_path
         sidecar = json.loads(pair.sidecar.read_text())
         expected = {
             "synthetic": True,
-            "bundle_sha256": bundle_sha256(bundle),
+            "bundle_sha256": hashlib.sha256(
+                (bundle / "attestations/release.dsse.json").read_bytes()
+            ).hexdigest(),
+            "bundle_files_sha256": files_sha256(bundle),
             "study_id": "rare-lesion",
             "condition": "rare",
             "seed": 11,
@@ -243,11 +291,15 @@ def test_a_broken_bundle_is_refused_by_what_is_wrong(bundle: Path, tmp_path: Pat
     weights.write_bytes(weights.read_bytes()[:-10])
     with pytest.raises(BundleError, match=r"autoencoder\.safetensors"):
         generate_volumes(bundle_dir=source, condition="rare", count=1, seed=0, out_dir=tmp_path / "out")
+    document = json.loads((source / "configs" / "metadata.json").read_text())
     for key in ("preset", "spacing_mm"):
-        wrong = {name: value for name, value in METADATA.items() if name != key}
-        (source / "configs" / "metadata.json").write_text(json.dumps(wrong))
+        section = {name: value for name, value in document["lacuna"].items() if name != key}
+        (source / "configs" / "metadata.json").write_text(json.dumps({"lacuna": section}))
         with pytest.raises(BundleError, match=key):
             read_metadata(source)
+    (source / "configs" / "metadata.json").write_text("{}")
+    with pytest.raises(BundleError, match="no section lacuna"):
+        read_metadata(source)
     (source / "configs" / "metadata.json").write_text("{")
     with pytest.raises(BundleError, match=r"metadata\.json"):
         read_metadata(source)
@@ -262,7 +314,7 @@ def test_low_rank_releases_generate(tmp_path: Path) -> None:
 
 
 def test_the_bundles_hash_covers_every_name_and_byte(bundle: Path, tmp_path: Path) -> None:
-    hashes = {bundle_sha256(bundle)}
+    hashes = {files_sha256(bundle)}
     for number, edit in enumerate(
         (
             lambda root: (root / "attestations" / "plan.json").write_text("[]"),
@@ -273,7 +325,7 @@ def test_the_bundles_hash_covers_every_name_and_byte(bundle: Path, tmp_path: Pat
     ):
         copy = tmp_path / str(number)
         shutil.copytree(bundle, copy)
-        assert bundle_sha256(copy) == bundle_sha256(bundle)
+        assert files_sha256(copy) == files_sha256(bundle)
         edit(copy)
-        hashes.add(bundle_sha256(copy))
+        hashes.add(files_sha256(copy))
     assert len(hashes) == 5
