@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from privacy.secagg.thresholds import MAX_SITES, InvalidThresholdError, ProtocolParameters
@@ -83,6 +84,8 @@ class Roster:
             raise InvalidThresholdError(
                 f"the roster has {len(entries)} sites, the parameters say {parameters.n_sites}"
             )
+        parts = [part for site_id, key in entries for part in (site_id.encode(), key.raw)]
+        self._digest = digest("lacuna/secagg/roster/v1", *parts)
 
     def __contains__(self, site_id: object) -> bool:
         return site_id in self._positions
@@ -104,8 +107,8 @@ class Roster:
         return tuple(site_id for site_id in self.site_ids if site_id in wanted)
 
     def digest(self) -> bytes:
-        parts = [part for site_id in self.site_ids for part in (site_id.encode(), self._keys[site_id].raw)]
-        return digest("lacuna/secagg/roster/v1", *parts)
+        """32 bytes over ids and keys, in order."""
+        return self._digest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,8 +119,12 @@ class Session:
     roster: Roster
     parameters: ProtocolParameters
 
-    def parts(self) -> tuple[bytes, ...]:
+    @cached_property
+    def _parts(self) -> tuple[bytes, ...]:
         return (*self.attempt.parts(), self.roster.digest(), self.parameters.digest())
+
+    def parts(self) -> tuple[bytes, ...]:
+        return self._parts
 
 
 def set_digest(site_ids: Sequence[str]) -> bytes:
