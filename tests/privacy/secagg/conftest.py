@@ -104,7 +104,6 @@ class Consortium:
         elif envelope.kind == "secagg_share":
             reply = site.share(parsed)
         elif envelope.kind == "secagg_upload":
-            site.check_upload(parsed, weights_hash=weights, request_hash=WORK)
             value = self.vector(name) if vector is None else vector
             reply = site.upload(parsed, value, weights_hash=weights, request_hash=WORK)
         elif envelope.kind == "secagg_confirm":

@@ -203,9 +203,9 @@ def simulate(consortium: Any, schedule: tuple[tuple[int, int, int], list[tuple[s
 QUIET = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 
 
-@settings(max_examples=500, deadline=None, suppress_health_check=QUIET, derandomize=True, database=None)
+@settings(max_examples=100, deadline=None, suppress_health_check=QUIET, derandomize=True, database=None)
 @given(SCHEDULES)
-def test_500_schedules(consortium, schedule):
+def test_100_schedules(consortium, schedule):
     simulate(consortium, schedule)
 
 
