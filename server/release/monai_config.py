@@ -156,7 +156,7 @@ def inference_config(plan: StudyPlan) -> dict[str, Any]:
         "autoencoder": {
             "_target_": "shared.model.autoencoder.build_autoencoder",
             "preset": "@preset",
-            "n_labels": len(plan.data.labels) + 1,
+            "n_labels": len(plan.data.labels),
         },
         "denoiser": {
             "_target_": "shared.model.denoiser.build_denoiser",

@@ -174,7 +174,7 @@ def test_monai_builds_networks_and_samples_from_the_bundle(study: Study, tmp_pat
 
     preset = preset_named("micro")
     (tmp_path / "models").mkdir()
-    save_weights(build_autoencoder(preset, n_labels=3), tmp_path / "models/autoencoder.safetensors", {})
+    save_weights(build_autoencoder(preset, n_labels=2), tmp_path / "models/autoencoder.safetensors", {})
     save_weights(build_denoiser(preset, n_conditions=2), tmp_path / "models/denoiser.safetensors", {})
     config = json.loads(json.dumps(inference_config(study.plan)))
     config["bundle_root"] = str(tmp_path)
