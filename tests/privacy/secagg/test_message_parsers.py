@@ -69,7 +69,10 @@ def mutate(envelope, chance):
         elif kind == 1:
             blobs = [*blobs, b""] if chance.random() < 0.5 else blobs[1:]
         else:
-            path = chance.choice([item for item in places(body) if item])
+            paths = [item for item in places(body) if item]
+            if not paths:
+                break
+            path = chance.choice(paths)
             target = body
             for key in path[:-1]:
                 target = target[key]
