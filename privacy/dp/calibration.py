@@ -91,10 +91,11 @@ def propose_privacy(
     )  # fmt: skip
     execution = choose_ranges(draft) if mode != "distributed" else replace(draft, grid_step=_fine_grid(draft))
     if epsilon is not None:
+        rough = 0.05 if mode == "distributed" else 2e-5
         audit_mu_squared = audit_share * gaussian_mu(epsilon, delta) ** 2
         audit_sigma = _round_up(math.sqrt(max_audit_attempts / audit_mu_squared))
         execution = replace(execution, audit_noise_multiplier=audit_sigma)
-        execution = replace(execution, noise_multiplier=calibrate(execution))
+        execution = replace(execution, noise_multiplier=calibrate(execution, precision=rough))
     if mode == "distributed":
         execution = choose_ranges(execution)
         execution = replace(execution, noise_multiplier=calibrate(execution))
@@ -120,8 +121,8 @@ def propose_privacy(
     )  # fmt: skip
 
 
-def calibrate(execution: ExecutionPlan) -> float:
-    """Smallest noise multiplier (to 5 digits) with which the whole plan stays within its epsilon.
+def calibrate(execution: ExecutionPlan, *, precision: float = 2e-5) -> float:
+    """Smallest noise multiplier (to ``precision``, relative) that keeps the whole plan within its epsilon.
 
     Args:
         execution: Everything but ``noise_multiplier``, which is ignored.
@@ -152,7 +153,7 @@ def calibrate(execution: ExecutionPlan) -> float:
         low = high / 64
     if spent(low) <= target:
         return low
-    while high - low > 2e-6 * high:
+    while high - low > precision * high:
         middle = math.sqrt(low * high)
         low, high = (low, middle) if spent(middle) <= target else (middle, high)
     return _round_up(high)

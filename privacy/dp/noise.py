@@ -90,7 +90,9 @@ def _gaussian_candidates(
         distance = abs(int(laplace[index])) - exact_variance / scale
         return distance * distance / (2 * exact_variance)
 
-    return laplace[_coins(secret, gap * gap / (2.0 * variance), exact, margin=margin)]
+    accepted = _coins(secret, gap * gap / (2.0 * variance), exact, margin=margin)
+    draws: NDArray[np.int64] = laplace[accepted]
+    return draws
 
 
 def _laplace_candidates(secret: SecretRandom, scale: int, n: int, *, margin: float) -> NDArray[np.int64]:
@@ -108,7 +110,9 @@ def _laplace_candidates(secret: SecretRandom, scale: int, n: int, *, margin: flo
     words = np.frombuffer(secret.bytes(len(magnitude)), dtype=np.uint8)
     negative = (words & 1).astype(bool)
     keep = ~(negative & (magnitude == 0))
-    return np.where(negative, -magnitude, magnitude)[keep]
+    signed = np.where(negative, -magnitude, magnitude)
+    draws: NDArray[np.int64] = signed[keep]
+    return draws
 
 
 def _coins(
@@ -187,7 +191,7 @@ def _exact_geometric(secret: SecretRandom, word: int) -> int:
 @lru_cache(maxsize=8)
 def _geometric_thresholds(bits: int) -> tuple[int, ...]:
     """floor(2^bits exp(-v)) for v = 1, 2, ... down to the first 0."""
-    result = []
+    result: list[int] = []
     while not result or result[-1] > 0:
         low, high = _scaled_exp(Fraction(len(result) + 1), bits)
         if low.__floor__() != high.__floor__():

@@ -22,6 +22,7 @@ it: silently skipped, it would be released without clipping or stay untrained.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -44,7 +45,7 @@ Progress = Callable[[int, int], None]
 MICROBATCH_BYTES = 256 * 2**20
 """Default bound on the memory of one microbatch's per-sample gradients."""
 
-MAX_DEFAULT_MICROBATCH = 16
+MAX_DEFAULT_MICROBATCH = 8
 
 VERIFY_TOLERANCE = 1e-3
 """Relative error allowed between Opacus' per-sample gradients and a batch of one, in float32, per
@@ -265,7 +266,7 @@ class PatientGradients:
                 f"the loss has shape {tuple(loss_B.shape)}, not ({b},): one loss per sample, ndim 1, or "
                 "clipping would be silently wrong"
             )
-        (loss_B.sum() / self._draws).backward()
+        torch.autograd.backward(loss_B.sum() / self._draws)
         gradients_Pd = torch.empty(self._microbatch, self.dimension, dtype=self._dtype, device=self._device)
         start = 0
         for name, p in self._params:
@@ -294,7 +295,10 @@ class PatientGradients:
             self._restore(flags, training)
             raise UnsupportedLayerError(f"Opacus refuses the network: {error}") from error
         try:
-            yield wrapped
+            with warnings.catch_warnings():
+                # torch warns wherever a layer's input needs no gradient, as the first layer's never does.
+                warnings.filterwarnings("ignore", message="Full backward hook is firing")
+                yield wrapped
         finally:
             wrapped.remove_hooks()
             self._restore(flags, training)
