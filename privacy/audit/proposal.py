@@ -20,15 +20,27 @@ from privacy.audit.verdict import level_share
 from shared.errors import UsageError
 from shared.study_plan import AuditClause
 
-SCORE_EDGE_MULTIPLES = (-0.1, -0.02, 0.0, 0.02, 0.06, 0.15, 0.3, 0.6)
+SCORE_EDGE_MULTIPLES = (-0.1, -0.02, 0.0, 0.015, 0.03, 0.05, 0.08, 0.13, 0.2, 0.32, 0.55)
+"""For noised counts: each further bin adds noise to the AUC."""
+
+_FINE = (*(0.002 * 1.3**i for i in range(25)),)
+EXACT_EDGE_MULTIPLES = (*(-edge for edge in reversed(_FINE)), 0.0, *_FINE)
+"""For counts without noise (mode ``unprotected``), where bins cost nothing."""
+
 CONTROL_QUANTILES = (1 / 3, 2 / 3)
 RECOMMENDED_AUDIT_NOISE = 2.0
 """audit_noise_multiplier with power at least 0.5 against AUC 0.9 from about 80 members and 40 held-out
 patients on; two attempts of it cost mu 0.71 of the 1.67 that epsilon 8 at delta 1e-5 allows."""
 
 
-def propose_edges(public_losses: ArrayLike) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def propose_edges(
+    public_losses: ArrayLike, *, noised: bool = True
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """(score_edges, control_edges) from the prior's loss on each of some public patients.
+
+    Args:
+        public_losses: ``AttackLosses.public_P`` of public patients on the prior.
+        noised: False in mode ``unprotected``, whose counts carry no noise and can have many bins.
 
     Raises:
         UsageError: fewer than 3 finite positive losses, or all the same.
@@ -37,7 +49,8 @@ def propose_edges(public_losses: ArrayLike) -> tuple[tuple[float, ...], tuple[fl
     if losses.ndim != 1 or losses.size < 3 or not np.all(np.isfinite(losses) & (losses > 0)):
         raise UsageError("edges need the finite, positive losses of at least 3 public patients")
     middle = float(np.median(losses))
-    scores = tuple(_rounded(multiple * middle) for multiple in SCORE_EDGE_MULTIPLES)
+    multiples = SCORE_EDGE_MULTIPLES if noised else EXACT_EDGE_MULTIPLES
+    scores = tuple(_rounded(multiple * middle) for multiple in multiples)
     controls = tuple(_rounded(float(value)) for value in np.quantile(losses, CONTROL_QUANTILES))
     if len(set(scores)) != len(scores) or len(set(controls)) != len(controls):
         raise UsageError("the public losses are too much alike to place edges")
@@ -53,13 +66,14 @@ def propose_audit(
     timesteps: Sequence[float] = (0.2, 0.4, 0.6, 0.8),
     draws_per_timestep: int = 2,
     copy_samples: int = 64,
+    noised: bool = True,
 ) -> AuditClause:
     """All values of an audit clause.
 
     ``max_copied_patients`` is the number of false copies among the declared members that is exceeded with
     probability at most 0.1%, given the calibrated false-copy rate.
     """
-    score_edges, control_edges = propose_edges(public_losses)
+    score_edges, control_edges = propose_edges(public_losses, noised=noised)
     return AuditClause(
         holdout_share=1 / 3,
         timesteps=tuple(timesteps),
