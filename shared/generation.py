@@ -71,11 +71,9 @@ class BundleMetadata(BaseModel):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Generator:
-    """A released generator, ready to sample. For the hashes see :class:`Provenance`."""
+    """A released generator, ready to sample."""
 
     metadata: BundleMetadata
-    bundle_sha256: str
-    bundle_files_sha256: str
     autoencoder: LatentAutoencoder
     denoiser: Denoiser
     device: str
@@ -170,8 +168,6 @@ def load_generator(bundle_dir: Path, *, device: str = "cpu") -> Generator:
         raise BundleError(str(error), remedy="run `lacuna compliance verify` on the bundle") from error
     return Generator(
         metadata=metadata,
-        bundle_sha256=file_sha256(bundle_dir / RELEASE_FILE),
-        bundle_files_sha256=files_sha256(bundle_dir),
         autoencoder=autoencoder.requires_grad_(False).eval().to(device),
         denoiser=denoiser.to(device),
         device=device,
@@ -228,10 +224,9 @@ def generate_volumes(
     guidance = metadata.guidance_scale if guidance is None else guidance
     if not 1 <= steps <= 1000 or not 0 <= guidance <= 100:
         raise UsageError(f"{steps} steps (1 to 1000), guidance {guidance} (0 to 100)")
-    generator = load_generator(bundle_dir, device=device)
     provenance = Provenance(
-        bundle_sha256=generator.bundle_sha256,
-        bundle_files_sha256=generator.bundle_files_sha256,
+        bundle_sha256=file_sha256(bundle_dir / RELEASE_FILE),
+        bundle_files_sha256=files_sha256(bundle_dir),
         study_id=metadata.study_id,
         condition=condition,
         seed=seed,
@@ -245,9 +240,11 @@ def generate_volumes(
     except OSError as error:
         raise UsageError(f"{out_dir}: cannot be made ({error.strerror})") from error
     present = [is_complete(out_dir, provenance, index) for index in range(count)]
+    generator = None
     for first in range(0, count, batch_size):
         size = min(batch_size, count - first)
         if not all(present[first : first + size]):
+            generator = generator or load_generator(bundle_dir, device=device)
             image_BDHW, mask_BDHW = generator.sample(
                 condition=row,
                 first_index=first,
@@ -277,7 +274,7 @@ def generate_volumes(
         sheet,
         title=f"{metadata.study_id}: {condition}",
         subtitle=f"{len(shown)} of {count} scans, seed {seed}, {steps} steps, "
-        f"bundle {generator.bundle_sha256[:12]}",
+        f"bundle {provenance.bundle_sha256[:12]}",
         labels=metadata.labels,
         spacing_mm=metadata.spacing_mm,
         captions=[f"#{index}" for index in range(len(shown))],

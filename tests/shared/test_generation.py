@@ -169,7 +169,13 @@ def test_the_same_request_gives_the_same_bytes_and_another_seed_other_scans(
     def run(name: str, seed: int, condition: str) -> dict[str, bytes]:
         out = tmp_path / name
         generate_volumes(
-            bundle_dir=bundle, condition=condition, count=2, seed=seed, out_dir=out, batch_size=2
+            bundle_dir=bundle,
+            condition=condition,
+            count=2,
+            seed=seed,
+            out_dir=out,
+            batch_size=2,
+            sheet_samples=1,
         )
         return files_of(out)
 
@@ -191,6 +197,7 @@ def test_another_batch_size_gives_the_same_volumes(bundle: Path, tmp_path: Path)
             seed=1,
             out_dir=tmp_path / str(size),
             batch_size=size,
+            sheet_samples=1,
         )
     for path in (tmp_path / "1").glob("*_image.nii.gz"):
         one = np.asarray(nib.load(path).dataobj)
@@ -200,7 +207,7 @@ def test_another_batch_size_gives_the_same_volumes(bundle: Path, tmp_path: Path)
 
 def test_a_run_grows_and_goes_on(bundle: Path, tmp_path: Path) -> None:
     """An interrupted run is completed; what is there is kept, byte for byte."""
-    common = {"bundle_dir": bundle, "condition": "rare", "seed": 2, "batch_size": 2}
+    common = {"bundle_dir": bundle, "condition": "rare", "seed": 2, "batch_size": 2, "sheet_samples": 1}
     generate_volumes(**common, count=5, out_dir=tmp_path / "whole")
     generate_volumes(**common, count=2, out_dir=tmp_path / "grown")
     (tmp_path / "grown" / "rare_seed2_00001.json").unlink()
@@ -211,6 +218,7 @@ def test_a_run_grows_and_goes_on(bundle: Path, tmp_path: Path) -> None:
     assert generate_volumes(**common, count=5, out_dir=tmp_path / "grown").written == 0
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on(bundle: Path, tmp_path: Path) -> None:
     code = (
         "import sys\nfrom pathlib import Path\nfrom shared.generation import generate_volumes\n"
@@ -231,17 +239,38 @@ def test_a_killed_run_goes_on(bundle: Path, tmp_path: Path) -> None:
     process.stdout.close()
     assert process.returncode == -signal.SIGKILL
     report = generate_volumes(
-        bundle_dir=bundle, condition="rare", count=8, seed=2, out_dir=tmp_path / "out", batch_size=2
+        bundle_dir=bundle,
+        condition="rare",
+        count=8,
+        seed=2,
+        out_dir=tmp_path / "out",
+        batch_size=2,
+        sheet_samples=1,
     )
     assert report.present >= 2 and report.written + report.present == 8
     assert all(path.is_file() for pair in report.pairs for path in (pair.image, pair.mask, pair.sidecar))
 
 
+@pytest.fixture(scope="module")
+def finished(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("finished")
+    generate_volumes(bundle_dir=bundle, condition="rare", count=2, seed=3, out_dir=out, sheet_samples=1)
+    return out
+
+
 @pytest.mark.parametrize("change", ["steps", "guidance", "bundle", "image", "stray"])
-def test_nothing_is_overwritten(bundle: Path, tmp_path: Path, change: str) -> None:
+def test_nothing_is_overwritten(bundle: Path, finished: Path, tmp_path: Path, change: str) -> None:
     out, source = tmp_path / "out", tmp_path / "bundle"
     shutil.copytree(bundle, source)
-    request = {"bundle_dir": source, "condition": "rare", "count": 2, "seed": 3, "out_dir": out}
+    shutil.copytree(finished, out)
+    request = {
+        "bundle_dir": source,
+        "condition": "rare",
+        "count": 2,
+        "seed": 3,
+        "out_dir": out,
+        "sheet_samples": 1,
+    }
     generate_volumes(**request)
     if change == "steps":
         request["steps"] = 3
