@@ -15,7 +15,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -347,10 +347,14 @@ def _stack(
     return image_N1DHW, mask_NDHW, condition_N
 
 
-def _held_out_rows(patient_ids: Sequence[str], share: float) -> Tensor:
-    """Rows of held-out patients: those whose hash comes first, a share of them and at least one."""
+def held_out_patients(patient_ids: Iterable[str], share: float) -> list[str]:
+    """Public patients that no training sees: those whose hash comes first, a share of them and at least one."""
     patients = sorted(set(patient_ids), key=lambda name: hashlib.sha256(name.encode()).digest())
-    chosen = set(patients[: max(1, min(len(patients) - 1, round(share * len(patients))))])
+    return patients[: max(1, min(len(patients) - 1, round(share * len(patients))))]
+
+
+def _held_out_rows(patient_ids: Sequence[str], share: float) -> Tensor:
+    chosen = set(held_out_patients(patient_ids, share))
     return torch.tensor([name in chosen for name in patient_ids])
 
 

@@ -34,6 +34,12 @@ class ConditionEmbedding(nn.Module):
         self.table = nn.Embedding(n_rows, dim)
         nn.init.normal_(self.table.weight, std=CONDITION_INIT_STD / gain)
 
+    @torch.no_grad()
+    def set_gain(self, gain: float) -> None:
+        """Change the gain and scale the table against it: the same function, another parametrisation."""
+        self.table.weight.mul_(self.gain / gain)
+        self.gain = gain
+
     def forward(self, condition_B: Tensor) -> Tensor:
         """Rows of the table, [B, dim]."""
         rows: Tensor = self.table(condition_B)

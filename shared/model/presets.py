@@ -29,7 +29,8 @@ class ModelPreset:
         denoiser_res_blocks: Residual blocks per level.
         attention_levels: Which denoiser levels have self-attention.
         head_channels: Channels per attention head.
-        norm_groups: Groups of every GroupNorm; divides all channel counts.
+        norm_groups: Groups of every GroupNorm; divides all channel counts, several channels a group: with one
+            channel a group, normalisation would take a condition's shift out again.
         condition_gain: Constant factor on the condition embedding. A larger gain puts a larger part of a
             clipped gradient into the embedding's rows, see the table beside the micro weights.
         low_rank: Rank of the adapters of the private subset ``low_rank``.
@@ -95,6 +96,7 @@ PRESETS: dict[str, ModelPreset] = {
             attention_levels=(False, True),
             head_channels=16,
             norm_groups=8,
+            condition_gain=128.0,
             sampling_steps=20,
         ),
         ModelPreset(
@@ -109,7 +111,8 @@ PRESETS: dict[str, ModelPreset] = {
             denoiser_res_blocks=1,
             attention_levels=(False, True),
             head_channels=48,
-            norm_groups=16,
+            norm_groups=8,
+            condition_gain=16.0,
             low_rank=4,
             sampling_steps=30,
         ),

@@ -261,10 +261,14 @@ def train_denoiser(
             best.update({name: tensor.clone() for name, tensor in denoiser.state_dict().items()})
         history.append((step, loss))
 
+    embedding = denoiser.unet.class_embedding
+    gain = embedding.gain
+    embedding.set_gain(1.0)
     _train(
         "prior", denoiser, step_loss, schedule, progress, state_path, evaluate=evaluate, kept=(history, best)
     )
     denoiser.load_state_dict(best)
+    embedding.set_gain(gain)
     return history
 
 

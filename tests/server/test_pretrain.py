@@ -26,9 +26,7 @@ from shared.model.shipped import PretrainedPair, read_pair
 from shared.model.training import TrainingSchedule
 from shared.model.weights import load_weights
 
-SMALL = replace(
-    preset_named("micro"), autoencoder_channels=(8, 8), denoiser_channels=(8, 8), head_channels=8
-)
+SMALL = replace(preset_named("micro"), autoencoder_channels=(8, 8), denoiser_channels=(8, 8), head_channels=8)
 RECIPE = PretrainingRecipe(
     autoencoder=TrainingSchedule(steps=6, batch_size=2, learning_rate=1e-3, seed=1, save_every=3),
     prior=TrainingSchedule(steps=6, batch_size=4, learning_rate=1e-3, seed=1, save_every=3),
@@ -57,7 +55,9 @@ def _pretrain(out: Path, volumes: list[PublicVolume], **changes: object) -> Pret
     return pretrain(**arguments)  # type: ignore[arg-type]
 
 
-def test_it_writes_a_pair_that_reads_back_with_its_recipe(tmp_path: Path, volumes: list[PublicVolume]) -> None:
+def test_it_writes_a_pair_that_reads_back_with_its_recipe(
+    tmp_path: Path, volumes: list[PublicVolume]
+) -> None:
     pair = _pretrain(tmp_path, volumes)
     assert read_pair(tmp_path).recipe == json.loads(json.dumps(pair.recipe))
     recipe = pair.recipe
