@@ -43,12 +43,12 @@ TITLES = {
     "verdicts-candidate": "Every verdict is about this candidate",
     "verdicts-agree": "All verdicts rest on the same pooled counts",
     "verdicts-recomputed": "Every verdict follows from its counts",
-    "audit-membership-attack": "Membership: patients trained on cannot be told from others",
-    "audit-power": "The audit would have seen a leak",
-    "audit-control-public-loss": "Control: nothing to find in the public model",
-    "audit-control-members": "Control: members against members",
+    "audit-membership-attack": "Membership attack: telling patients trained on from held-out ones",
+    "audit-power": "Power: chance that the audit would see a strong leak",
+    "audit-control-public-loss": "Control: plain loss of the public model tells nothing",
+    "audit-control-members": "Control: members against members tell nothing",
     "audit-control-planted-leak": "Control: a planted leak is seen",
-    "audit-copies": "No copies of patients among generated scans",
+    "audit-copies": "Copies: patients whom a generated scan comes too close to",
     "no-veto": "No site vetoes",
 }
 """Every condition, in the order in which it is listed."""
@@ -304,7 +304,7 @@ def _verdicts_agree(e: GateEvidence) -> Result:
     for site_id, verdict in e.verdicts.items():
         if not done or set(verdict.survivors) != set(done[-1].survivors):
             faults.append(f"the verdict of {site_id} names other contributors than the coordinator's record")
-    return not faults, f"{len(kinds)} set of counts", "1", "; ".join(faults)
+    return not faults, f"{len(kinds)} sets of counts", "1", "; ".join(faults)
 
 
 def _verdicts_recomputed(e: GateEvidence) -> Result:
@@ -335,6 +335,8 @@ def _audit_check(name: str) -> Callable[[GateEvidence], Result]:
         failing = [site_id for site_id, condition in found.items() if condition.status != "pass"]
         shown = found[failing[0] if failing else next(iter(found))]
         figure = "none" if shown.figure is None else f"{shown.figure:.4g}"
+        if name == "control_planted_leak" and shown.figure == 0:
+            figure = "p < 0.00001"
         if shown.low is not None and shown.high is not None:
             figure += f" ({shown.low:.4g} to {shown.high:.4g})"
         reason = shown.text if not failing else f"{shown.status}: {shown.text}"

@@ -18,7 +18,7 @@ from shared.identity import VerifyKey
 from shared.study_plan import StudyPlan
 
 _ATTACKER = {
-    "world": "everybody who sees the released model, the coordinator's server, and up to {c} sites together",
+    "world": "everybody who sees the released model, the coordinator's server, and up to {c} of the sites, together",
     "colluding": "the same, if all other sites pooled what they know against one",
 }
 
@@ -35,7 +35,7 @@ def model_card(plan: StudyPlan, decision: dict[str, Any], approvals: ApprovalCou
         _opening(plan, decision),
         _guarantee(plan, decision),
         _budget(plan, decision),
-        _audit(decision),
+        _audit(plan, decision),
         _gate(decision),
         _approvals(plan, approvals),
         _limits(plan),
@@ -101,7 +101,7 @@ not a measurement.
 | Bound spent, largest of all sites | epsilon **{worst}** at delta {privacy.delta:g} | ledgers |
 | against whom? | {_ATTACKER["world"].format(c=c)} | plan |
 | Bound spent, largest of all sites, if all other sites collude | epsilon **{worst_colluding}** at delta \
-{privacy.delta:g}: {_ATTACKER["colluding"]} | ledgers |
+{privacy.delta:g}: {_ATTACKER["colluding"]}; the promise above is not about this case | ledgers |
 | Mechanism | clipped sum over patients plus Gaussian noise on an integer grid (mode `{privacy.mode}`), noise \
 multiplier {privacy.noise_multiplier:g}, clip norm {privacy.clip_norm:g}, sampling rate \
 {privacy.sampling_rate:g} | plan |
@@ -111,7 +111,7 @@ when it failed; all charges of a site add up in the figures above | ledgers |
 | Accountants | privacy loss distributions (Google dp-accounting) and a second one (closed form of the Gaussian \
 mechanism, or Renyi); they agree, and the larger figure counts | gate |
 | Randomness | noise, masks and coins come from the operating system's generator through a stream cipher; nothing \
-is seeded | software |"""
+is seeded | the software that the sites ran; no statement proves it |"""
 
 
 def _budget(plan: StudyPlan, decision: dict[str, Any]) -> str:
@@ -120,7 +120,7 @@ def _budget(plan: StudyPlan, decision: dict[str, Any]) -> str:
         "",
         "Recomputed from the sites' own signed ledgers (`attestations/ledgers/`).",
         "",
-        "| site | training attempts | audit attempts | epsilon | epsilon if all others collude | promised |",
+        "| site | training attempts | audit attempts | epsilon | epsilon if all others collude | promised (first figure) |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for entry in decision.get("spending", []):
@@ -132,7 +132,7 @@ def _budget(plan: StudyPlan, decision: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _audit(decision: dict[str, Any]) -> str:
+def _audit(plan: StudyPlan, decision: dict[str, Any]) -> str:
     conditions = [c for c in decision.get("conditions", []) if str(c.get("name", "")).startswith("audit-")]
     lines = [
         "## The audit",
@@ -142,7 +142,8 @@ def _audit(decision: dict[str, Any]) -> str:
         "over sites and noised, left the sites; the figures below are computed from them.",
         "",
         "An audit can refute the guarantee, never prove it. Where everything below passed, the result is: **no "
-        "violation found, at the power stated** - not: the model is private.",
+        "violation found, at the power stated** - not: the model is private. Intervals include the noise; all tests "
+        f"share one significance level of {plan.audit.significance:g}, split before anything was looked at.",
         "",
         "| test | figure | must be | result | remark |",
         "| --- | --- | --- | --- | --- |",
@@ -162,7 +163,9 @@ def _gate(decision: dict[str, Any]) -> str:
         "| condition | figure | must be | result | remark |",
         "| --- | --- | --- | --- | --- |",
     ]
-    lines += [_row(condition) for condition in conditions]
+    others = [c for c in conditions if not str(c.get("name", "")).startswith("audit-")]
+    lines += [_row(condition) for condition in others]
+    lines += ["", f"And the {len(conditions) - len(others)} conditions of the audit, above."]
     return "\n".join(lines)
 
 
@@ -210,6 +213,7 @@ def _limits(plan: StudyPlan) -> str:
 - **Other uses of the same scans**, outside this site's ledger.
 - **Poisoning.** A site or the coordinator can make the model worse. Synthetic scans can be wrong.
 - **Side channels** of the machines at a site, and theft of a site's keys.
+- **An old ledger.** Whether a ledger is the newest one shows only against receipts that peers keep.
 - **The audit's own limits**: it sees only what its attacks see, at the power stated, on the patients it had."""
 
 
