@@ -113,12 +113,12 @@ def networks() -> tuple[Denoiser, Denoiser]:
     """(public, candidate overfitted without protection on members of seed 1), all parameters frozen."""
     public = build_denoiser(PRESET, n_conditions=2, seed=1)
     candidate = copy.deepcopy(public)
-    members = _patients(24, seed=1, name="m")
+    members = _patients(14, seed=1, name="m")
     z = torch.cat([p.latents_SCDHW for p in members])
     c = torch.cat([p.conditions_S for p in members])
     generator = torch.Generator().manual_seed(2)
-    optimizer = torch.optim.Adam(candidate.parameters(), 2e-3)
-    for _ in range(250):
+    optimizer = torch.optim.Adam(candidate.parameters(), 4e-3)
+    for _ in range(110):
         i = torch.randint(len(z), (12,), generator=generator)
         t = torch.rand(12, generator=generator)
         noise = torch.randn((12, *SHAPE), generator=generator)
@@ -135,7 +135,7 @@ def leaky(plan: StudyPlan, networks: tuple[Denoiser, Denoiser]) -> LocalAudit:
         public_denoiser=networks[0],
         candidate_denoiser=networks[1],
         autoencoder=build_autoencoder(PRESET, n_labels=2).eval(),
-        members=_patients(24, seed=1, name="m"),
+        members=_patients(14, seed=1, name="m"),
         held_out=_patients(12, seed=3, name="h"),
     )
 
