@@ -40,7 +40,7 @@ FLOWER_APP = Path(__file__).parent / "flower_app"
 CONNECTION = "lacuna"
 """Name of the SuperLink connection in ``config.toml``."""
 
-START_TIMEOUT_S = 90.0
+START_TIMEOUT_S = 180.0
 REJOIN_TIMEOUT_S = 120.0
 """Flower refuses a SuperNode that comes back until the old one's heartbeat lapses: up to 60 s."""
 
@@ -335,8 +335,10 @@ class LocalConsortium:
                     continue
                 if status.startswith("finished"):
                     return outcome(status, details)
-                gone_since = gone_since or time.monotonic()
-                if status == "running" and time.monotonic() - gone_since > LOST_AFTER_S:
+                # Only a run that Flower already called running can be lost: a pending one has no process.
+                gone_since = (gone_since or time.monotonic()) if status == "running" else None
+                lost = gone_since is not None and time.monotonic() - gone_since > LOST_AFTER_S
+                if lost and self.pid_of("serverapp") is None:
                     self.stop_run(run_id)
                     return outcome("serverapp_lost", "the ServerApp's process died")
             if self._keep_alive:

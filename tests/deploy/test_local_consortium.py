@@ -59,7 +59,7 @@ def test_three_exchanges_of_a_megabyte_between_real_processes(tmp_path: Path) ->
             len(pids) >= 1 + 2 + 2 * 2 + 2
         )  # supervisor, SuperLink, SuperNodes (each with SuperExec), agents
         run_id = local.submit({"out": str(tmp_path / "out.jsonl"), "sites": 2, "exchanges": 3})
-        outcome = local.wait(run_id, timeout_s=120, on_poll=lambda: pids.extend(local.pids()))
+        outcome = local.wait(run_id, timeout_s=200, on_poll=lambda: pids.extend(local.pids()))
         assert outcome.completed, (outcome, local.serverapp_log(run_id))
         seen = replies(tmp_path)
         assert {(line["exchange"], line["node"]) for line in seen} == {
