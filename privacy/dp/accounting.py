@@ -238,7 +238,7 @@ def _compose(
     for q, sigma, steps in groups:
         rdp_accountant.compose(_dp_event(q, sigma), steps)
     rdp = max(0.0, float(rdp_accountant.get_epsilon(delta)))
-    interval = min(max(rdp / 2e4, 1e-5), 1e6)
+    interval = min(max(rdp / 1e4, 1e-5), 1e6)
     pld_accountant = PLDAccountant(value_discretization_interval=interval)
     for q, sigma, steps in groups:
         pld_accountant.compose(_dp_event(q, sigma), steps)

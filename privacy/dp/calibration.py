@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from privacy.dp.accounting import gaussian_mu
+from privacy.dp.accounting import AccountantsDisagreeError, gaussian_epsilon, gaussian_mu
 from privacy.dp.closeness import MIN_SHARE_STEPS
 from privacy.dp.execution_plan import (
     LOCAL_ROUNDING_SHARE,
@@ -133,14 +133,27 @@ def calibrate(execution: ExecutionPlan, *, precision: float = 2e-5) -> float:
     if execution.epsilon is None:
         raise UsageError("mode unprotected has nothing to calibrate")
     target = execution.epsilon * (1.0 - EPSILON_MARGIN)
+    steps = execution.max_attempts * execution.local_steps
 
     def spent(sigma: float) -> float:
-        return replace(execution, noise_multiplier=sigma).planned_epsilon().reported
+        candidate = replace(execution, noise_multiplier=sigma)
+        if execution.sampling_rate < 1:
+            try:
+                return candidate.planned_epsilon().reported
+            except AccountantsDisagreeError:
+                return math.inf  # far too little noise: the Renyi bound is no check there
+        # The closed form is within 1e-5 of the reported figure and a hundred times faster; the result is
+        # checked below against what is reported.
+        training, audit = candidate.training_event(), candidate.audit_event()
+        mu = math.sqrt(
+            steps / training.noise_multiplier_world**2
+            + execution.max_audit_attempts / audit.noise_multiplier_world**2
+        )
+        return gaussian_epsilon(mu, execution.delta)
 
     # Below this a share has less than MIN_SHARE_STEPS grid steps, and there is no event to account for.
     unit_share = replace(execution, noise_multiplier=1.0).noise_share_steps
     low = _round_up(MIN_SHARE_STEPS / unit_share * (1.0 + 1e-9))
-    steps = execution.max_attempts * execution.local_steps
     high = max(2.0 * low, math.sqrt(steps) / gaussian_mu(execution.epsilon, execution.delta))
     while spent(high) > target:
         high *= 1.5
@@ -151,12 +164,15 @@ def calibrate(execution: ExecutionPlan, *, precision: float = 2e-5) -> float:
             )
     if low < high / 64:
         low = high / 64
-    if spent(low) <= target:
-        return low
+    elif spent(low) <= target:
+        high = low
     while high - low > precision * high:
         middle = math.sqrt(low * high)
         low, high = (low, middle) if spent(middle) <= target else (middle, high)
-    return _round_up(high)
+    sigma = _round_up(high)
+    if replace(execution, noise_multiplier=sigma).planned_epsilon().reported > execution.epsilon:
+        raise InternalError(f"the calibrated noise multiplier {sigma:g} does not reach its epsilon")
+    return sigma
 
 
 def choose_ranges(execution: ExecutionPlan) -> ExecutionPlan:
