@@ -95,3 +95,15 @@ def test_a_vector_of_many_chunks_and_extreme_values(consortium, monkeypatch):
     }
     group.vector = values.__getitem__
     np.testing.assert_array_equal(group.complete(group.server()), sum(values.values()))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_forty_sites_five_of_which_drop(consortium):
+    group = consortium(40, 1, 21, bits=64)
+    server = group.server()
+    total = group.complete(
+        server, no_keys=["site-39"], no_upload=[f"site-{index}" for index in range(0, 40, 10)]
+    )
+    assert len(server.survivors) == 35
+    np.testing.assert_array_equal(total, group.expected(server.survivors))
