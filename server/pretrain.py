@@ -336,7 +336,7 @@ def _stack(
     for volume in volumes:
         where = f"public volume of patient {volume.patient_id!r}"
         if volume.image.shape != grid or volume.mask.shape != grid:
-            raise CoordinatorError(f"{where}: image or mask is not on the grid {grid} of the others")
+            raise CoordinatorError(f"{where}: image or mask is not on the others' grid {grid}")
         if not np.isfinite(volume.image).all() or volume.image.min() < 0 or volume.image.max() > 1:
             raise CoordinatorError(f"{where}: intensities are not in [0, 1]", remedy="normalise it first")
         if volume.mask.max() > n_labels:
@@ -348,7 +348,7 @@ def _stack(
 
 
 def held_out_patients(patient_ids: Iterable[str], share: float) -> list[str]:
-    """Public patients that no training sees: those whose hash comes first, a share of them and at least one."""
+    """Public patients that no training sees: those whose hash comes first, a share and at least one."""
     patients = sorted(set(patient_ids), key=lambda name: hashlib.sha256(name.encode()).digest())
     return patients[: max(1, min(len(patients) - 1, round(share * len(patients))))]
 

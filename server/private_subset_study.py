@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,13 +20,32 @@ from numpy.typing import NDArray
 from opacus.grad_sample import GradSampleModule
 from torch import Tensor
 
-from shared.model.autoencoder import LatentAutoencoder
-from shared.model.denoiser import Denoiser, NamedParameters, assign, flatten, parameter_subset
+from shared.model.autoencoder import LatentAutoencoder, build_autoencoder
+from shared.model.denoiser import (
+    Denoiser,
+    NamedParameters,
+    assign,
+    build_denoiser,
+    flatten,
+    parameter_subset,
+)
 from shared.model.diffusion import per_sample_loss, timesteps_from_normal
+from shared.model.presets import preset_named
 from shared.model.sampling import generate_volumes
+from shared.model.shipped import shipped_pair
 from shared.model.training import encode_batches
+from shared.model.weights import load_weights
 from shared.volumes.intensity import normalise_intensity
-from shared.volumes.phantom import CONDITIONS, PhantomScan, lesion_contrast, lesion_volume_mm3
+from shared.volumes.phantom import (
+    COMMON,
+    CONDITIONS,
+    LABELS,
+    RARE,
+    PhantomScan,
+    lesion_contrast,
+    lesion_volume_mm3,
+    simulate_cohort,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,3 +275,65 @@ def property_shift(
     b = rng.choice(release, size=(resamples, release.size)).mean(axis=1)
     low, high = np.percentile(b - a, [2.5, 97.5])
     return PropertyShift(difference=float(release.mean() - prior.mean()), low=float(low), high=float(high))
+
+
+MEMBERS_SEED, UNSEEN_SEED, TRUTH_SEED, SAMPLES_SEED = 501, 777, 778, 9
+"""Public seeds of the measurement whose table stands beside the micro weights."""
+
+
+def measure_micro(
+    setting: StudySetting, *, samples: int = 200, guidance_scale: float = 1.0
+) -> dict[str, Any]:
+    """One row of the table beside the shipped micro pair.
+
+    120 simulated patients, half of them rare, train the shipped prior as ``setting`` says; then ``samples``
+    volumes of the rare condition are generated from prior and result, from the same noise, and the lesion
+    volumes of their masks are compared.
+    """
+    pair, preset = shipped_pair("micro"), preset_named("micro")
+    autoencoder = build_autoencoder(preset, n_labels=len(LABELS))
+    load_weights(autoencoder, pair.autoencoder_path)
+    denoiser = build_denoiser(preset, n_conditions=len(CONDITIONS))
+    load_weights(denoiser, pair.prior_path)
+    rare = CONDITIONS.index(RARE)
+    unseen = encode_patients(
+        autoencoder, simulate_cohort(n_patients=60, conditions_fractions={RARE: 1.0}, seed=UNSEEN_SEED)
+    )
+    z_NCDHW = torch.cat([patient.z_SCDHW for patient in unseen])
+    held_out = (z_NCDHW, torch.full((z_NCDHW.shape[0],), rare))
+    truth = simulate_cohort(n_patients=100, conditions_fractions={RARE: 1.0}, seed=TRUTH_SEED)
+    members = encode_patients(
+        autoencoder,
+        simulate_cohort(n_patients=120, conditions_fractions={COMMON: 0.5, RARE: 0.5}, seed=MEMBERS_SEED),
+    )
+
+    def volumes() -> NDArray[np.float64]:
+        return generated_lesions(
+            autoencoder,
+            denoiser,
+            condition=rare,
+            count=samples,
+            seed=SAMPLES_SEED,
+            grid_shape=preset.grid_shape,
+            spacing_mm=preset.spacing_mm,
+            guidance_scale=guidance_scale,
+        ).volume_mm3
+
+    before, loss_before = volumes(), flow_loss(denoiser, *held_out)
+    outcome = train_privately(denoiser, members, setting, held_out=held_out)
+    after = volumes()
+    return {
+        "setting": asdict(setting),
+        "guidance_scale": guidance_scale,
+        "dimension": outcome.dimension,
+        "median_norm": outcome.median_norm,
+        "seconds_per_round": outcome.seconds_per_round,
+        "rare_flow_loss": [loss_before, outcome.held_out_loss_rare[-1][1]],
+        "mean_lesion_mm3": {
+            "prior": float(before.mean()),
+            "trained": float(after.mean()),
+            "simulated_truth": float(np.mean([lesion_volume_mm3(s.mask, preset.spacing_mm) for s in truth])),
+        },
+        "shift_mm3": asdict(property_shift(before, after)),
+        "without_lesion": [float((before == 0).mean()), float((after == 0).mean())],
+    }
