@@ -20,7 +20,6 @@ ledger for good: nothing may be sent after it.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import sqlite3
@@ -44,6 +43,7 @@ from privacy.ledger_chain import (
     export_statement,
     spent,
 )
+from privacy.ledger_files import connect, lock, sync_directory, write_durably
 from shared.canonical import canonical_json, parse_json
 from shared.errors import BudgetExceededError, LedgerError, PeerError, RefusedError, UsageError
 from shared.identity import SigningKey, VerifyKey
@@ -70,7 +70,6 @@ CREATE TRIGGER peer_heads_keep_removed BEFORE DELETE ON peer_heads
     BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
 """
 
-_BUSY_TIMEOUT_S = 2.0
 _MAX_BODY_BYTES = 64 * 1024
 _MAX_WITNESS_BYTES = 4096
 _NOTE_KIND = re.compile(r"^[a-z][a-z0-9_-]{0,39}$")
@@ -163,15 +162,15 @@ class Ledger:
             raise LedgerError(f"{path} or its witness {counter_path} exists already; it is never overwritten")
         if not create and not path.exists():
             raise LedgerError(f"there is no ledger at {path}", remedy="lacuna site init")
-        lock = _lock(path)
+        lock_descriptor = lock(path)
         connection = None
         try:
-            connection = _connect(path, writable=True)
+            connection = connect(path, writable=True)
             if create:
                 _create(connection, path, key, clock)
             entries = _load(connection, path, key.verify_key)
             ledger = cls(
-                path=path, counter_path=counter_path, key=key, connection=connection, lock=lock,
+                path=path, counter_path=counter_path, key=key, connection=connection, lock=lock_descriptor,
                 entries=entries, clock=clock,
             )  # fmt: skip
             if not create:
@@ -180,7 +179,7 @@ class Ledger:
         except BaseException as error:
             if connection is not None:
                 connection.close()
-            os.close(lock)
+            os.close(lock_descriptor)
             if isinstance(error, sqlite3.Error | OSError):
                 raise LedgerError(f"ledger {path} cannot be opened: {error}") from error
             raise
@@ -325,7 +324,7 @@ class Ledger:
         head = self.head()
         data = export_statement(self._entries, head, self._key)
         try:
-            _write_durably(path, data)
+            write_durably(path, data)
         except OSError as error:
             raise LedgerError(f"ledger export {path} cannot be written: {error.strerror}") from error
         return head
@@ -426,7 +425,7 @@ class Ledger:
         return _Transaction(self)
 
     def _write_witness(self) -> None:
-        _write_durably(self._counter_path, canonical_json(self.head().to_dict()))
+        write_durably(self._counter_path, canonical_json(self.head().to_dict()))
 
     def _check_witness(self) -> None:
         path = self._counter_path
@@ -503,7 +502,7 @@ def read_ledger(path: Path, *, key: VerifyKey) -> tuple[LedgerEntry, ...]:
     if not path.exists():
         raise LedgerError(f"there is no ledger at {path}", remedy="lacuna site init")
     try:
-        connection = _connect(path.resolve(), writable=False)
+        connection = connect(path.resolve(), writable=False)
         try:
             return tuple(_load(connection, path, key))
         finally:
@@ -522,23 +521,6 @@ def _check_charge(charge: Charge) -> None:
         raise UsageError("plan_sha256 is 64 lower-case hex digits")
 
 
-def _connect(path: Path, *, writable: bool) -> sqlite3.Connection:
-    uri = f"file:{_uri_path(path)}?mode={'rwc' if writable else 'ro'}"
-    connection = sqlite3.connect(uri, uri=True, timeout=_BUSY_TIMEOUT_S, isolation_level=None)
-    # EXTRA is FULL plus a sync of the directory after the rollback journal is unlinked: in journal mode
-    # DELETE, FULL alone may lose the last commit on power failure (SQLite, "PRAGMA synchronous").
-    if writable:
-        connection.execute("PRAGMA journal_mode = DELETE")
-    connection.execute("PRAGMA synchronous = EXTRA")
-    connection.execute("PRAGMA recursive_triggers = ON")
-    connection.execute("PRAGMA trusted_schema = OFF")
-    return connection
-
-
-def _uri_path(path: Path) -> str:
-    return path.as_uri().removeprefix("file://")
-
-
 def _create(connection: sqlite3.Connection, path: Path, key: SigningKey, clock: Clock) -> None:
     path.chmod(0o600)
     first = LedgerEntry.genesis(ledger_id=os.urandom(16).hex(), key=key.verify_key, time=clock().isoformat())
@@ -548,7 +530,7 @@ def _create(connection: sqlite3.Connection, path: Path, key: SigningKey, clock: 
         (canonical_json(first.body), GENESIS_HASH, first.entry_hash),
     )
     connection.execute("COMMIT")
-    _sync_directory(path.parent)
+    sync_directory(path.parent)
 
 
 def _load(connection: sqlite3.Connection, path: Path, key: VerifyKey) -> list[LedgerEntry]:
@@ -570,39 +552,3 @@ def _load(connection: sqlite3.Connection, path: Path, key: VerifyKey) -> list[Le
     except PeerError as error:
         raise LedgerError(f"ledger {path} does not verify: {error.message}") from error
     return entries
-
-
-def _lock(path: Path) -> int:
-    lock_path = path.with_name(path.name + ".lock")
-    try:
-        descriptor = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise LedgerError(f"ledger lock {lock_path} cannot be opened: {error.strerror}") from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        raise LedgerError(
-            f"ledger {path} is in use by another process", remedy="one site agent at a time has a ledger"
-        ) from error
-    return descriptor
-
-
-def _write_durably(path: Path, data: bytes) -> None:
-    """Replace a file atomically: synced before it takes the name, and the directory after."""
-    draft = path.with_name(path.name + ".new")
-    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
-    _sync_directory(path.parent)
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
