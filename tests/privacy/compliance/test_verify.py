@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from release_study import AT, SITES, Study, make_study, make_verdict
+from release_study import AT, SITES, Study, attempt_records, make_ledger, make_study, make_verdict
 
 from privacy.compliance.approvals import approve_decision
 from privacy.compliance.recheck import REQUIRED_CONDITIONS
 from privacy.compliance.release_log import log_head, read_log_file
 from privacy.compliance.verify import VerificationReport, verify_bundle
+from privacy.dp.accounting import PrivacyEvent
 from server.release.gate_conditions import TITLES
 from server.release.log import append_withdrawal
 from shared.attestation import Statement, Subject, sign_statement
@@ -334,6 +335,61 @@ LIES: list[tuple[str, Callable[[dict[str, Any]], None], Callable[[Study], dict[s
         "beta: epsilon_world is stated as 1,",
     ),
 ]
+
+
+def other_ledger(study: Study, name: str, **options: Any) -> dict[str, Any]:
+    """Alpha's ledger with other charges, honestly signed by alpha."""
+    root = study.root / f"lie-{name}"
+    if not root.exists():
+        make_ledger(root, study.keys["alpha"], study.plan, attempt_records(), **options)
+    return {"ledgers": {**study.inputs.ledgers, "alpha": (root / "export.json").read_bytes()}}
+
+
+def doubled(_: str, event: PrivacyEvent) -> PrivacyEvent:
+    """An event that claims twice the noise that the plan has."""
+    return replace(event, noise_multiplier_world=2 * event.noise_multiplier_world)
+
+
+def unprotected(_: str, __: PrivacyEvent) -> PrivacyEvent:
+    return PrivacyEvent.unprotected()
+
+
+def nominal(purpose: str, event: PrivacyEvent) -> PrivacyEvent:
+    """Only a little more noise than there is: the plan's own figure, sensitivity's surcharge forgotten."""
+    return replace(event, noise_multiplier_world=event.noise_multiplier_world * (1 + 1e-7))
+
+
+LIES += [
+    (
+        "charges claim a little more noise",
+        nothing,
+        lambda s: other_ledger(s, "nominal", event=nominal),
+        "ledger of alpha: entry 3 charges another event",
+    ),
+    (
+        "charges claim more noise",
+        nothing,
+        lambda s: other_ledger(s, "noise", event=doubled),
+        "ledger of alpha: entry 3 charges another event",
+    ),
+    (
+        "no protection at one site",
+        nothing,
+        lambda s: other_ledger(s, "none", event=unprotected),
+        "alpha spent epsilon inf",
+    ),
+]
+
+
+def test_an_attestation_that_the_gate_never_saw_is_named(copy: Path, study: Study) -> None:
+    shutil.copyfile(
+        copy / "attestations/ledgers/alpha.dsse.json", copy / "attestations/ledgers/delta.dsse.json"
+    )
+    reseal(copy, study)
+    assert_named(copy, "attestations/ledgers/delta.dsse.json was not before the gate")
+    (copy / "attestations/notes.json").write_text("{}")
+    reseal(copy, study)
+    assert_named(copy, "unknown attestations: attestations/notes.json")
 
 
 def verdict(study: Study, site: str, **changes: Any) -> bytes:
