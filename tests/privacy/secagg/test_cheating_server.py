@@ -398,7 +398,9 @@ def test_reordered_requests(group):
     server = group.until(Component.UPLOAD)
     request = server.build_upload_requests(WEIGHTS, WORK)["site-0"]
     fresh = AdvertiseRequest(attempt=group.attempt(2))
+    replaced = group.sites["site-0"]._prepared
     group.sites["site-0"].advertise(fresh, {})
+    assert replaced.secrets.seed == bytes(32)
     refused(
         RefusalReason.ATTEMPT_CLOSED,
         group.sites["site-0"].check_upload,
@@ -422,7 +424,9 @@ def test_request_of_another_attempt(group):
 def test_opening_a_later_attempt_closes_the_earlier_one(group):
     first = uploaded(group)
     unmask = first.build_unmask_requests()["site-0"]
+    held = [piece for pair in group.sites["site-0"]._open.held.values() for piece in pair]
     uploaded(group, number=2)
+    assert not any(any(piece) for piece in held)
     refused(RefusalReason.ATTEMPT_CLOSED, group.sites["site-0"].unmask, unmask)
     still_sound(group)
 
