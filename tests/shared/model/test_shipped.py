@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -118,3 +120,13 @@ def test_a_changed_or_missing_file_is_refused(pair: PretrainedPair, tmp_path: Pa
     for name in ("tiny", "..", "nonsense"):
         with pytest.raises(UsageError, match="ships"):
             shipped_pair(name)
+
+
+def test_presets_weights_files_and_phantoms_need_no_torch() -> None:
+    code = (
+        "import sys, shared.checkpoint, shared.model.conditioning, shared.model.presets;"
+        "import shared.model.shipped, shared.volumes.phantom;"
+        "print(sorted({'torch', 'monai', 'opacus', 'safetensors'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
