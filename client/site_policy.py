@@ -159,6 +159,14 @@ class SitePolicy(BaseModel):
             value["peers"] = {**self.peers, name: fingerprint}
         return _validated(value, what=f"pin of {name!r}")
 
+    def changed(self, change: str) -> SitePolicy:
+        """A copy with one clause changed, ``key=value`` with the value as TOML. Raises InvalidPolicyError."""
+        try:
+            value = tomllib.loads(change)
+        except tomllib.TOMLDecodeError as error:
+            raise InvalidPolicyError(f"{change!r} is not KEY=VALUE in TOML: {error}") from error
+        return _validated({**self.model_dump(), **value}, what=f"change {change!r}")
+
 
 def load_policy(path: Path) -> SitePolicy:
     """Read policy.toml. Raises InvalidPolicyError naming the key that is wrong."""

@@ -17,7 +17,7 @@ from client.site_agent import AuditedCandidate
 from client.site_home import SiteHome
 from privacy.audit.counts import CountsLayout
 from privacy.dp.execution_plan import ExecutionPlan
-from privacy.dp.noise import discrete_gaussian
+from privacy.dp.noise import audit_noise_share
 from privacy.dp.trainer import PatientTrainer
 from privacy.secret_random import SecretRandom
 from shared.canonical import canonical_json, parse_json
@@ -26,7 +26,7 @@ from shared.home import write_private
 from shared.model.autoencoder import LatentAutoencoder, build_autoencoder
 from shared.model.candidate import load_prior, write_candidate
 from shared.model.denoiser import assign
-from shared.model.diffusion import per_sample_loss
+from shared.model.diffusion import per_sample_loss, timesteps_from_uniform
 from shared.model.presets import preset_named
 from shared.model.weights import load_weights
 from shared.plan_package import PlanPackage
@@ -89,6 +89,7 @@ class SiteWorkbench:
             execution_plan=self._execution,
             secret=secret,
             device=device,
+            draw_timesteps=timesteps_from_uniform,
         )
 
     def _load_patients(self, store: SiteStore) -> None:
@@ -128,10 +129,13 @@ class SiteWorkbench:
         """See :class:`client.site_agent.Workbench`. Raw figures go to the site's own ``audit.json``."""
         audit = self._audit(weights, attempt)
         counts = audit.counts.astype(np.int64)
-        share = self._execution.audit_share_steps(self._counts.sensitivity)
-        if share:
-            counts = counts + discrete_gaussian(self._secret, share, len(counts))
-        return counts
+        noise = audit_noise_share(
+            self._execution,
+            self._secret,
+            counts_sensitivity=self._counts.sensitivity,
+            length=self._counts.length,
+        )
+        return counts + noise
 
     def _audit(self, weights: NDArray[np.float32], attempt: int) -> LocalAudit:
         candidate, parameters = load_prior(self._plan, self._package.prior)

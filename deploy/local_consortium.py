@@ -182,6 +182,11 @@ class LocalConsortium:
         return self.home / "keys"
 
     @property
+    def flwr_home(self) -> Path:
+        """``FLWR_HOME`` of the coordinator's ``flwr`` command."""
+        return self._flower.home_of("flwr")
+
+    @property
     def log_directory(self) -> Path:
         return self.home / "logs"
 

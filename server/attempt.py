@@ -103,6 +103,11 @@ class Attempt:
         """U: the sites whose vectors are in the total."""
         return self._protocol.survivors
 
+    @property
+    def ledger_heads(self) -> dict[str, dict[str, object]]:
+        """Signed heads of the sites' ledgers, as they came with their keys: receipts."""
+        return self._protocol.ledger_heads
+
     def set_up(self, sites: Iterable[str]) -> None:
         """Exchange keys, then shares, in exchanges of their own. Raises AttemptAbortedError."""
         self._exchange(_each(self._advertise_requests(sites)))

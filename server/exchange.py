@@ -21,11 +21,11 @@ from shared.wire import Envelope, pack, unpack
 class Pace:
     """How long the driver waits. Seconds."""
 
-    exchange_s: float = 1800.0
+    exchange_s: float = 600.0
     quorum_s: float = 900.0
     hello_s: float = 60.0
-    poll_s: float = 0.2
-    node_check_s: float = 2.0
+    poll_s: float = 0.4
+    node_check_s: float = 0.5
 
 
 class Exchanger:

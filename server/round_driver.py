@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from server.transport import Transport
 from shared.agent_messages import VERDICT_REPLY, VerdictRequest
 from shared.attestation import open_statement
 from shared.canonical import canonical_json, parse_json
-from shared.errors import CoordinatorError, MalformedMessageError
+from shared.errors import CoordinatorError, LacunaError, MalformedMessageError
 from shared.home import write_private
 from shared.model.candidate import load_prior, write_candidate
 from shared.model.denoiser import flatten
@@ -220,6 +221,7 @@ class RoundDriver:
                 "pooled_counts": [int(count) for count in attempt.total],
             }
             self._write_json("audit.json", record)
+        self._keep_receipts(attempt)
         self._store.complete_attempt(attempt.number, survivors)
         self._event(
             "round_completed" if attempt.task.purpose == "train" else "audit_completed",
@@ -227,6 +229,11 @@ class RoundDriver:
             round=attempt.task.round,
             survivors=list(survivors),
         )
+
+    def _keep_receipts(self, attempt: Attempt) -> None:
+        """The newest signed ledger head of each site, for whoever checks ledgers later."""
+        known = self._read_json("receipts.json") or {"heads": {}}
+        self._write_json("receipts.json", {"heads": {**known["heads"], **attempt.ledger_heads}})
 
     # model and verdicts
 
@@ -315,7 +322,8 @@ def run_study(
     try:
         return RoundDriver(transport, store, run_id=run_id, pace=pace).run()
     except Exception as error:
-        store.record_event("run_failed", reason=str(error)[:500])
+        with suppress(LacunaError):
+            store.record_event("run_failed", reason=str(error)[:500])
         raise
     finally:
         store.close()

@@ -88,6 +88,10 @@ class StudyStore:
         return self.root / "evidence"
 
     @property
+    def receipts_path(self) -> Path:
+        return self.evidence / "receipts.json"
+
+    @property
     def decision_path(self) -> Path:
         return self.root / "gate-decision.dsse.json"
 

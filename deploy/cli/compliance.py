@@ -12,7 +12,7 @@ from shared.enrolment import make_request
 from shared.errors import SiteError
 from shared.exit_codes import ExitCode
 from shared.home import lacuna_home, private_directory
-from shared.identity import SigningKey, VerifyKey
+from shared.identity import SigningKey
 from shared.plan_package import open_plan_package
 
 PathType = click.Path(path_type=Path)
@@ -50,38 +50,49 @@ def init(name: str, out: Path) -> None:
 
 @command.command("verify")
 @click.argument("bundle", type=PathType)
-@click.option("--coordinator-key", help="The coordinator's public key (64 hex digits), read out of band.")
+@click.option("--coordinator", help="The coordinator's key or fingerprint, read out of band.")
 @click.option("--log", "log_path", type=PathType, help="Release log; finds withdrawals.")
+@click.option("--all", "everything", is_flag=True, help="List every check, not only what matters.")
 @json_option
-def verify(bundle: Path, coordinator_key: str | None, log_path: Path | None, as_json: bool) -> None:
+def verify(
+    bundle: Path,
+    coordinator: str | None,
+    log_path: Path | None,
+    everything: bool,
+    as_json: bool,
+) -> None:
     """Check a release bundle: every file, signature, ledger, verdict, the gate and the approvals."""
+    from privacy.compliance.report import print_verification
     from privacy.compliance.verify import verify_bundle
 
-    trusted = None if coordinator_key is None else VerifyKey.from_hex(coordinator_key)
-    report = verify_bundle(bundle, coordinator=trusted, log=log_path)
+    report = verify_bundle(bundle, trusted_coordinator=coordinator, log=log_path)
     if as_json:
         print_json(report.to_dict())
     else:
-        report.print_to(console())
+        print_verification(report, console(), everything=everything)
     if not report.passed:
         sys.exit(ExitCode.REFUSED)
 
 
 @command.command("budget")
 @click.argument("ledgers", nargs=-1, type=PathType, required=True, metavar="LEDGER...")
-@click.option("--heads", type=PathType, help="Receipts of ledger heads: shows old or truncated copies.")
+@click.option("--plan", "plan_root", type=PathType, help="Plan package; names sites and gives delta.")
+@click.option("--heads", type=PathType, multiple=True, help="Receipts of ledger heads; find old copies.")
 @json_option
-def budget(ledgers: tuple[Path, ...], heads: Path | None, as_json: bool) -> None:
-    """Recompute epsilon from signed ledgers, by two accountants and the closed form."""
-    from privacy.compliance.budget import check_budget
+def budget(ledgers: tuple[Path, ...], plan_root: Path | None, heads: tuple[Path, ...], as_json: bool) -> None:
+    """Check signed ledgers and recompute epsilon, by two accountants and the closed form."""
+    from privacy.compliance.budget import budget as check_ledgers
+    from privacy.compliance.budget import read_receipts
+    from privacy.compliance.report import print_budget
 
-    report = check_budget(ledgers, heads=heads)
+    plan = None if plan_root is None else open_plan_package(plan_root).plan
+    rows = check_ledgers(ledgers, plan=plan, heads=read_receipts(heads) if heads else None)
     if as_json:
-        print_json(report.to_dict())
+        print_json([row.to_dict() for row in rows])
     else:
-        report.print_to(console())
-    if not report.passed:
-        sys.exit(ExitCode.REFUSED)
+        print_budget(rows, console())
+    if any(row.fault for row in rows):
+        sys.exit(ExitCode.PEER_MISBEHAVED)
 
 
 @command.command("approve")

@@ -85,6 +85,16 @@ def pin(name: str, fingerprint: str) -> None:
     click.echo(f"pinned {name}: {fingerprint}")
 
 
+@command.command("policy")
+@click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Change a clause (TOML value).")
+def policy(changes: tuple[str, ...]) -> None:
+    """Show this site's policy, or change clauses of it."""
+    home = SiteHome.default()
+    for change in changes:
+        save_policy(home.policy().changed(change), home.policy_path)
+    click.echo(home.policy_path.read_text(encoding="utf-8").rstrip())
+
+
 @command.command("import")
 @click.option("--plan", "plan_root", type=PathType, required=True, help="Plan package (a directory).")
 @click.option("--nifti", type=PathType, help="Folder of NIfTI scans with manifest.csv, or the manifest.")

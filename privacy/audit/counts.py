@@ -29,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privacy.audit.pooled_auc import NoisedHistograms, noised_histograms
+from privacy.dp.execution_plan import ExecutionPlan
 from shared.errors import UsageError
 from shared.study_plan import StudyPlan
 
@@ -158,12 +159,11 @@ class PooledCounts:
 def pooled_noise_std(plan: StudyPlan, n_survivors: int) -> float:
     """Standard deviation of the noise in each cell of the pooled vector, in its integer steps.
 
-    Each survivor adds a share of variance (audit_noise_multiplier * sensitivity)^2 / (t - c).
+    Each survivor adds a share of :meth:`ExecutionPlan.audit_share_steps`.
     """
-    clause = plan.secure_aggregation
-    shares = n_survivors / (clause.threshold - clause.max_colluding)
-    sensitivity = CountsLayout.from_plan(plan).sensitivity
-    return plan.privacy.audit_noise_multiplier * sensitivity * math.sqrt(shares)
+    execution = ExecutionPlan.from_study_plan(plan)
+    share = execution.audit_share_steps(CountsLayout.from_plan(plan).sensitivity)
+    return share * math.sqrt(n_survivors)
 
 
 def _bin(edges: tuple[float, ...], value: float) -> int:

@@ -13,7 +13,10 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy.special import expit, ndtri
 from torch import Tensor
 
 from shared.errors import UsageError
@@ -28,6 +31,12 @@ class VelocityField(Protocol):
 def timesteps_from_normal(g_B: Tensor) -> Tensor:
     """Map standard normal draws to logit-normal timesteps in (0, 1)."""
     return torch.sigmoid(g_B)
+
+
+def timesteps_from_uniform(uniform_B: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The same law from uniform draws in [0, 1): its inverse distribution function."""
+    # 2^-54 keeps a draw of exactly 0 finite; it moves no other draw by more than that.
+    return np.asarray(expit(ndtri(np.maximum(uniform_B, 2.0**-54))), dtype=np.float64)
 
 
 def noised(z_BCDHW: Tensor, t_B: Tensor, noise_BCDHW: Tensor) -> Tensor:

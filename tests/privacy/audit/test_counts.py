@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from privacy.audit.counts import CountsLayout, PatientFigures, pooled_noise_std
+from privacy.dp.execution_plan import ExecutionPlan
 from shared.errors import UsageError
 from shared.study_plan import StudyPlan
 
@@ -74,7 +75,9 @@ def test_vectors_of_another_layout_are_refused() -> None:
 
 def test_noise_of_the_pooled_vector(make_plan: Callable[..., StudyPlan]) -> None:
     plan = make_plan(audit_noise=2.0)
-    expected = 2.0 * CountsLayout.from_plan(plan).sensitivity * math.sqrt(3 / 2)
+    share = ExecutionPlan.from_study_plan(plan).audit_share_steps(CountsLayout.from_plan(plan).sensitivity)
+    assert share**2 == pytest.approx((2.0 * CountsLayout.from_plan(plan).sensitivity) ** 2 / 2 + 4)
+    expected = share * math.sqrt(3)
     assert pooled_noise_std(plan, 3) == pytest.approx(expected)
     assert pooled_noise_std(make_plan(mode="unprotected"), 3) == 0.0
 

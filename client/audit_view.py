@@ -1,0 +1,37 @@
+"""A site's own audit in words. Never leaves the hospital."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from client.auditor import LocalAudit
+from privacy.audit.bounds import Interval
+
+
+def audit_lines(record: dict[str, Any]) -> list[str]:
+    """Lines for a person, from the site's ``audit.json``."""
+    audit = LocalAudit.from_dict(record["figures"])
+    lines = [
+        "THIS SITE'S OWN FIGURES. They are functions of patients' data: do not send them anywhere.",
+        f"candidate {record['candidate_sha256'][:16]}, audit attempt {record['attempt']}",
+        f"patients: {audit.n_members} members, {audit.n_held_out} held out",
+        f"membership attack, reference-calibrated loss: AUC {_words(audit.attack)}",
+        f"power of this site alone against the plan's reference attack: {audit.power:.2f}"
+        + (" (too small to say much; the pooled audit decides)" if audit.power < 0.5 else ""),
+        f"control, plain loss on the public model: AUC {_words(audit.public_control)}",
+        f"control, members against members: AUC {_words(audit.member_control)}",
+        f"control, planted leak: AUC {audit.planted_leak.auc:.2f} "
+        f"({audit.planted_leak.n_planted} against {audit.planted_leak.n_fresh})",
+        f"copies: {len(audit.copied)} of {audit.n_members} members have a generated sample nearer than "
+        f"{audit.copy_distance:.3g}",
+    ]
+    if audit.epsilon_lower_bound is not None:
+        lines.append(f"epsilon that the attack proves: at least {audit.epsilon_lower_bound:.2f}")
+    return lines
+
+
+def _words(interval: Interval | None) -> str:
+    if interval is None:
+        return "not computed (too few patients)"
+    bounds = f"{interval.low:.3f} to {interval.high:.3f}"
+    return f"{interval.estimate:.3f} (interval {bounds}, error {interval.error:.2g} at each end)"

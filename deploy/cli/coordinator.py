@@ -1,0 +1,397 @@
+"""``lacuna coordinator``: enrol sites, plan, launch and resume, gate and release."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from deploy.cli.output import (
+    console,
+    json_option,
+    print_json,
+    print_table,
+    progress_bars,
+    read_input,
+    write_output,
+)
+from shared.errors import CoordinatorError, UsageError
+from shared.exit_codes import ExitCode
+
+PathType = click.Path(path_type=Path)
+study_option = click.option("--study", "study_id", required=True, help="Study id.")
+
+
+@click.group(name="coordinator")
+def command() -> None:
+    """Write and sign a study plan, launch rounds, gate and release.
+
+    State lives in LACUNA_HOME/coordinator (default ~/.lacuna/coordinator).
+    """
+
+
+@command.command("init")
+@click.argument("study_id", metavar="STUDY")
+def init(study_id: str) -> None:
+    """Set a study up, and the coordinator's key at the first one."""
+    from server.coordinator_home import CoordinatorHome
+
+    home = CoordinatorHome.default()
+    path = home.init(study_id)
+    click.echo(f"study {study_id} is set up in {path}")
+    click.echo(f"the coordinator's fingerprint, for sites to pin: {home.key().verify_key.fingerprint}")
+
+
+@command.command("enrol")
+@click.argument("request", type=PathType)
+@study_option
+@click.option("--fingerprint", required=True, help="Read to you by the site or officer, not from the file.")
+def enrol(request: Path, study_id: str, fingerprint: str) -> None:
+    """Enrol a site or the officer."""
+    from server.coordinator_home import CoordinatorHome
+
+    data = read_input(request, what="enrolment request")
+    enrolled = CoordinatorHome.default().enrol(study_id, data, fingerprint=fingerprint)
+    click.echo(f"enrolled {enrolled.role} {enrolled.name}: {enrolled.key.fingerprint}")
+
+
+@command.command("pretrain")
+@study_option
+@click.option("--shipped", is_flag=True, help="Take the pair that ships for preset micro (simulated scans).")
+@click.option("--preset", default="tiny", show_default=True, help="Size of the networks to train.")
+@click.option("--nifti", type=PathType, help="Folder of PUBLIC NIfTI scans with manifest.csv.")
+@click.option("--decathlon", type=PathType, help="Folder of a Medical Segmentation Decathlon task.")
+@click.option("--patients", type=PathType, help="With --decathlon: table of patients (CSV).")
+@click.option("--only", type=PathType, help="With --decathlon: file with the ids of the PUBLIC patients.")
+@click.option("--volume-cut", type=float, help="With --decathlon: mm3 below which a scan counts as small.")
+@click.option("--conditions", help="Names of the conditions, separated by commas.")
+@click.option("--labels", help="Names of mask labels 1, 2, ..., separated by commas.")
+@click.option("--autoencoder-steps", type=int, help="Default: by preset.")
+@click.option("--prior-steps", type=int, help="Default: by preset.")
+@click.option("--seed", type=int, default=7, show_default=True)
+def pretrain(
+    study_id: str,
+    shipped: bool,
+    preset: str,
+    nifti: Path | None,
+    decathlon: Path | None,
+    patients: Path | None,
+    only: Path | None,
+    volume_cut: float | None,
+    conditions: str | None,
+    labels: str | None,
+    autoencoder_steps: int | None,
+    prior_steps: int | None,
+    seed: int,
+) -> None:
+    """Make the public autoencoder and prior, from public volumes only. Repeat it to continue."""
+    from deploy import public_networks
+    from server.coordinator_home import CoordinatorHome
+
+    folder = CoordinatorHome.default().study(study_id) / "public"
+    with progress_bars() as progress:
+        if shipped:
+            public_networks.take_shipped(folder, preset="micro", progress=progress)
+        else:
+            if conditions is None or labels is None or (nifti is None) == (decathlon is None):
+                raise UsageError(
+                    "give --conditions, --labels, and either --nifti or --decathlon; or --shipped"
+                )
+            public_networks.train_on(
+                folder,
+                public_networks.PublicSource(
+                    nifti=nifti, decathlon=decathlon, patients=patients, only=only, volume_cut_mm3=volume_cut
+                ),
+                preset_name=preset,
+                conditions=tuple(conditions.split(",")),
+                labels=tuple(labels.split(",")),
+                autoencoder_steps=autoencoder_steps,
+                prior_steps=prior_steps,
+                seed=seed,
+                progress=progress,
+            )
+    click.echo(f"public networks, recipe and calibration: {folder}")
+
+
+@command.group("plan")
+def plan_group() -> None:
+    """Draft and sign the study plan."""
+
+
+@plan_group.command("new")
+@study_option
+@click.option("--title", default="", help="One line for people.")
+@click.option("--rare", "rare_condition", required=True, help="The rare condition.")
+@click.option("--mode", type=click.Choice(["distributed", "local", "unprotected"]), default="distributed")
+@click.option("--epsilon", type=float, default=8.0, show_default=True)
+@click.option("--delta", type=float, default=1e-5, show_default=True)
+@click.option("--rounds", type=int, default=30, show_default=True)
+@click.option(
+    "--declared-patients", type=int, required=True, help="Public, rounded number of members in all."
+)
+@click.option("--trainable", type=click.Choice(["all", "attention", "conditioning", "low_rank"]))
+@click.option("--clip-norm", type=float, help="Default: measured on public data.")
+@click.option("--learning-rate", type=float, help="Of the server's Adam.")
+@click.option("--local-steps", type=int, default=1, show_default=True)
+@click.option("--local-learning-rate", type=float, default=1e-3, show_default=True)
+@click.option("--threshold", type=int, help="Default: floor((n + c) / 2) + 1.")
+@click.option("--max-colluding", type=int, default=1, show_default=True)
+@click.option("--max-attempts", type=int, help="Default: rounds plus max(3, 20%).")
+@click.option("--min-power", type=float, default=0.5, show_default=True, help="Least power of the audit.")
+@click.option("--low-power", type=click.Choice(["refuse", "accept"]), default="refuse", show_default=True)
+@click.option("--simulated", is_flag=True, help="Every scan of this study is simulated.")
+def plan_new(
+    study_id: str,
+    title: str,
+    rare_condition: str,
+    mode: str,
+    epsilon: float,
+    delta: float,
+    rounds: int,
+    declared_patients: int,
+    trainable: str | None,
+    clip_norm: float | None,
+    learning_rate: float | None,
+    local_steps: int,
+    local_learning_rate: float,
+    threshold: int | None,
+    max_colluding: int,
+    max_attempts: int | None,
+    min_power: float,
+    low_power: str,
+    simulated: bool,
+) -> None:
+    """Propose a plan: noise, ranges and thresholds follow from a few choices. Edit plan.toml if you must."""
+    from server.coordinator_home import CoordinatorHome
+    from server.planning import PlanChoices, draft_plan
+
+    home = CoordinatorHome.default()
+    choices = PlanChoices(
+        study_id=study_id,
+        title=title,
+        rare_condition=rare_condition,
+        mode=mode,  # type: ignore[arg-type]
+        epsilon=epsilon,
+        delta=delta,
+        rounds=rounds,
+        declared_patients=declared_patients,
+        trainable=trainable,  # type: ignore[arg-type]
+        clip_norm=clip_norm,
+        server_learning_rate=learning_rate,
+        local_steps=local_steps,
+        local_learning_rate=local_learning_rate,
+        threshold=threshold,
+        max_colluding=max_colluding,
+        max_attempts=max_attempts,
+        min_power=min_power,
+        low_power=low_power,  # type: ignore[arg-type]
+        simulated=simulated,
+    )
+    plan = draft_plan(choices, roster=home.roster(study_id), public=home.public(study_id))
+    path = home.draft_path(study_id)
+    write_output(path, plan.to_toml().encode(), what="draft plan")
+    privacy = plan.privacy
+    click.echo(
+        f"{plan.n_sites} sites, t = {plan.secure_aggregation.threshold}, "
+        f"c = {plan.secure_aggregation.max_colluding}; mode {privacy.mode}; "
+        f"{plan.model.dimension:,} parameters ({plan.model.trainable}) train privately; "
+        f"sigma {privacy.noise_multiplier:.3f} over {privacy.max_attempts} attempts"
+    )
+
+
+@plan_group.command("sign")
+@study_option
+@click.option("--out", type=PathType, help="Also copy the package here, for the sites.")
+def plan_sign(study_id: str, out: Path | None) -> None:
+    """Sign plan.toml. From then on neither plan nor roster change."""
+    import shutil
+
+    from privacy.dp.execution_plan import check_plan
+    from server.coordinator_home import CoordinatorHome
+    from shared.plan_package import write_plan_package
+    from shared.study_plan import load_plan_toml
+
+    home = CoordinatorHome.default()
+    plan = load_plan_toml(home.draft_path(study_id))
+    check_plan(plan)
+    if plan.study_id != study_id or plan.roster != home.roster(study_id):
+        raise CoordinatorError(
+            "plan.toml is for another study or roster than what is enrolled",
+            remedy="lacuna coordinator plan new",
+        )
+    public = home.public(study_id)
+    package = write_plan_package(
+        home.study(study_id) / "plan",
+        plan,
+        key=home.key(),
+        autoencoder=public / "autoencoder.safetensors",
+        prior=public / "prior.safetensors",
+    )
+    click.echo(f"signed plan {study_id} ({plan.digest().hex()[:16]}): {package.root}")
+    if out is not None:
+        if out.exists():
+            raise UsageError(f"{out} exists already")
+        shutil.copytree(package.root, out)
+        click.echo(f"package for the sites: {out}")
+
+
+@command.command("launch")
+@study_option
+@click.option(
+    "--flwr-home", type=PathType, required=True, help="FLWR_HOME with config.toml of the SuperLink."
+)
+@click.option("--connection", default="lacuna", show_default=True, help="Its name in config.toml.")
+@json_option
+def launch(study_id: str, flwr_home: Path, connection: str, as_json: bool) -> None:
+    """Submit the study to the SuperLink, as a Flower run."""
+    from deploy.flower_run import submit_study
+
+    run_id = submit_study(study_id, flwr_home=flwr_home, connection=connection)
+    if as_json:
+        print_json({"run_id": run_id, "study": study_id})
+    else:
+        click.echo(
+            f"Flower run {run_id} carries study {study_id}; lacuna coordinator status --study {study_id}"
+        )
+
+
+@command.command("resume")
+@study_option
+@click.option(
+    "--flwr-home", type=PathType, required=True, help="FLWR_HOME with config.toml of the SuperLink."
+)
+@click.option("--connection", default="lacuna", show_default=True, help="Its name in config.toml.")
+@json_option
+def resume(study_id: str, flwr_home: Path, connection: str, as_json: bool) -> None:
+    """Continue a study in a new Flower run, from its last checkpoint."""
+    from deploy.flower_run import submit_study
+    from server.study_store import StudyStore
+
+    done = StudyStore.default(study_id).completed_rounds()
+    run_id = submit_study(study_id, flwr_home=flwr_home, connection=connection)
+    if as_json:
+        print_json({"run_id": run_id, "study": study_id, "completed_rounds": done})
+    else:
+        click.echo(f"Flower run {run_id} continues study {study_id} after round {done}")
+
+
+@command.command("status")
+@study_option
+@json_option
+def status(study_id: str, as_json: bool) -> None:
+    """Rounds, attempts, drops and what happened last."""
+    from server.study_status import study_status
+
+    value = study_status(study_id)
+    if as_json:
+        print_json(value)
+        return
+    print_table(
+        f"study {study_id}: {value['completed_rounds']} of {value['rounds']} rounds",
+        ["attempt", "round", "purpose", "status", "survivors", "reason"],
+        [
+            [
+                str(entry["attempt"]),
+                str(entry["round"]),
+                entry["purpose"],
+                entry["status"],
+                ", ".join(entry["survivors"]),
+                entry["reason"],
+            ]
+            for entry in value["attempts"]
+            if entry["status"] != "void"
+        ],
+    )
+    for entry in value["events"][-5:]:
+        click.echo(f"  {entry['at']}  {entry['kind']}  {entry['body']}")
+
+
+@command.command("gate")
+@study_option
+@click.option("--out", type=PathType, help="Also copy the signed decision here, for approvals.")
+@json_option
+def gate(study_id: str, out: Path | None, as_json: bool) -> None:
+    """Evaluate every condition of a release and sign the decision, whatever it is."""
+    from privacy.compliance.report import print_decision
+    from server.coordinator_home import CoordinatorHome
+    from server.gating import decide
+    from server.study_store import StudyStore
+
+    home = CoordinatorHome.default()
+    store = StudyStore(home.study(study_id))
+    decision = decide(store, home.key())
+    if as_json:
+        print_json(decision.to_dict())
+    else:
+        print_decision(decision.to_dict(), console())
+    if out is not None:
+        write_output(out, store.decision_path.read_bytes(), what="gate decision")
+    if not decision.released:
+        sys.exit(ExitCode.REFUSED)
+
+
+@command.command("release")
+@study_option
+@click.option("--approval", "approvals", type=PathType, multiple=True, help="Approval of a site or officer.")
+def release(study_id: str, approvals: tuple[Path, ...]) -> None:
+    """Write the release bundle, if decision and approvals suffice."""
+    from server.coordinator_home import CoordinatorHome
+    from server.gating import keep_approval
+    from server.gating import release as write_release
+    from server.study_store import StudyStore
+
+    home = CoordinatorHome.default()
+    store = StudyStore(home.study(study_id))
+    for path in approvals:
+        keep_approval(store, read_input(path, what="approval"))
+    released = write_release(store, home.key())
+    click.echo(f"released: {released.path}")
+    click.echo(f"bundle SHA-256: {released.bundle_sha256}")
+
+
+@command.command("compare")
+@study_option
+@click.option("--condition", required=True)
+@click.option("--label", "labels", multiple=True, required=True, help="Mask label whose volume is measured.")
+@click.option("--count", type=int, default=200, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--sheet", type=PathType, help="Picture of the first samples of both.")
+@json_option
+def compare(
+    study_id: str,
+    condition: str,
+    labels: tuple[str, ...],
+    count: int,
+    seed: int,
+    sheet: Path | None,
+    as_json: bool,
+) -> None:
+    """Samples of the public prior beside the candidate: what did the hospitals add?"""
+    from server.comparison import compare_with_prior
+    from server.coordinator_home import CoordinatorHome
+    from server.study_store import StudyStore
+
+    store = StudyStore(CoordinatorHome.default().study(study_id))
+    if not store.candidate_path.exists():
+        raise CoordinatorError("there is no candidate yet", remedy="lacuna coordinator launch")
+    with progress_bars() as progress:
+        result = compare_with_prior(
+            store.package(),
+            store.candidate_path,
+            condition=condition,
+            labels=labels,
+            count=count,
+            seed=seed,
+            sheet=sheet,
+            progress=progress,
+        )
+    if as_json:
+        print_json(result.to_dict())
+        return
+    click.echo(
+        f"{condition}, mean volume of {'+'.join(labels)} over {count} samples: "
+        f"prior {result.prior_mm3:.0f} mm3, candidate {result.candidate_mm3:.0f} mm3; "
+        f"difference {result.difference_mm3:+.0f} mm3, 95% interval {result.low:+.0f} to {result.high:+.0f}"
+        + ("" if result.excludes_zero else " (contains zero)")
+    )

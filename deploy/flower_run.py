@@ -1,0 +1,57 @@
+"""Submitting a study to a SuperLink, for ``lacuna coordinator launch`` and ``resume``."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from deploy.flower_commands import flower_answer, flower_executable
+from server.coordinator_home import CoordinatorHome
+from server.study_store import StudyStore
+from shared.errors import UsageError
+
+FLOWER_APP = Path(__file__).parent / "flower_app"
+
+
+def submit_study(study_id: str, *, flwr_home: Path, connection: str) -> str:
+    """``flwr run`` with the study's folder; returns Flower's run id.
+
+    Raises:
+        UsageError: there is no ``config.toml`` in ``flwr_home``.
+        CoordinatorError: no such study, no signed plan, or Flower's words if it refuses.
+    """
+    if not (flwr_home / "config.toml").is_file():
+        raise UsageError(
+            f"{flwr_home} holds no config.toml",
+            remedy=f'write one with [superlink.{connection}] address = "..." and root-certificates = "..."',
+        )
+    study_home = CoordinatorHome.default().study(study_id)
+    StudyStore(study_home).package()
+    environment = {
+        **os.environ,
+        "FLWR_HOME": str(flwr_home),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
+    }
+    process = subprocess.Popen(
+        [
+            flower_executable("flwr"),
+            "run",
+            str(FLOWER_APP),
+            connection,
+            "--run-config",
+            f"study-home={json.dumps(str(study_home))}",
+            "--format",
+            "json",
+        ],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    return str(flower_answer(process)["run-id"])

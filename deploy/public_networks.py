@@ -1,0 +1,155 @@
+"""Public volumes to public networks: for ``lacuna coordinator pretrain``."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from client.ingest.decathlon import DecathlonFolder
+from client.ingest.nifti import NiftiFolder
+from client.ingest.quality import CheckedScan, check_scan
+from server.pretrain import PublicVolume, default_recipe, held_out_patients, pretrain, public_phantoms
+from server.public_calibration import calibrate_public, save_calibration
+from shared.errors import CoordinatorError, UsageError
+from shared.home import private_directory
+from shared.model.presets import preset_named
+from shared.model.shipped import PretrainedPair, shipped_pair
+from shared.volumes.canonical_grid import CanonicalGrid, to_canonical
+
+Progress = Callable[[str, int, int], None]
+
+CALIBRATION_PATIENTS = 200
+CALIBRATION_SEED = 20_002
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublicSource:
+    """Where PUBLIC scans come from: a NIfTI folder, or chosen patients of a Decathlon task."""
+
+    nifti: Path | None
+    decathlon: Path | None
+    patients: Path | None
+    only: Path | None
+    volume_cut_mm3: float | None
+
+
+def take_shipped(folder: Path, *, preset: str, progress: Progress | None = None) -> None:
+    """Copy the pair that ships, and calibrate on fresh simulated patients that it never saw."""
+    pair = shipped_pair(preset)
+    private_directory(folder)
+    for path in (pair.autoencoder_path, pair.prior_path, pair.autoencoder_path.with_name("recipe.json")):
+        shutil.copyfile(path, folder / path.name)
+    if progress is not None:
+        progress("calibrating on simulated patients", 0, 1)
+    volumes = public_phantoms(
+        n_patients=CALIBRATION_PATIENTS, seed=CALIBRATION_SEED, fractions={"common": 1.0}
+    )
+    _calibrate(folder, pair, volumes, unseen=None)
+    if progress is not None:
+        progress("calibrating on simulated patients", 1, 1)
+
+
+def train_on(
+    folder: Path,
+    source: PublicSource,
+    *,
+    preset_name: str,
+    conditions: tuple[str, ...],
+    labels: tuple[str, ...],
+    autoencoder_steps: int | None,
+    prior_steps: int | None,
+    seed: int,
+    progress: Progress | None = None,
+) -> None:
+    """Train both networks on public scans, then calibrate on those that were held out.
+
+    Raises:
+        CoordinatorError: a public scan is not sound; every problem is named.
+    """
+    preset = preset_named(preset_name)
+    grid = CanonicalGrid(shape=preset.grid_shape, spacing_mm=preset.spacing_mm)
+    volumes = read_public(source, grid, conditions=conditions, labels=labels)
+    private_directory(folder)
+    recipe = default_recipe(preset, seed=seed)
+    if autoencoder_steps is not None:
+        recipe = replace(recipe, autoencoder=replace(recipe.autoencoder, steps=autoencoder_steps))
+    if prior_steps is not None:
+        recipe = replace(recipe, prior=replace(recipe.prior, steps=prior_steps))
+    patients = sorted({volume.patient_id for volume in volumes})
+    pair = pretrain(
+        preset=preset,
+        volumes=volumes,
+        conditions=conditions,
+        labels=labels,
+        out_dir=folder,
+        recipe=recipe,
+        data_description=f"{len(volumes)} public scans of {len(patients)} patients",
+        progress=None if progress is None else lambda stage, done, total, _: progress(stage, done, total),
+    )
+    _calibrate(folder, pair, volumes, unseen=held_out_patients(patients, recipe.held_out_share))
+
+
+def read_public(
+    source: PublicSource, grid: CanonicalGrid, *, conditions: tuple[str, ...], labels: tuple[str, ...]
+) -> list[PublicVolume]:
+    """Public scans on the canonical grid. Raises CoordinatorError naming every problem."""
+    if source.nifti is not None:
+        listing = NiftiFolder(path=source.nifti).listing(conditions)
+    else:
+        if source.decathlon is None or source.patients is None:
+            raise UsageError("--decathlon needs --patients")
+        chosen = None
+        if source.only is not None:
+            lines = source.only.read_text(encoding="utf-8").splitlines()
+            chosen = frozenset(line.strip() for line in lines if line.strip())
+        listing = DecathlonFolder(
+            path=source.decathlon,
+            patients_csv=source.patients,
+            patient_ids=chosen,
+            volume_cut_mm3=source.volume_cut_mm3,
+        ).listing(conditions)
+    problems = [str(problem) for problem in listing.problems]
+    volumes = []
+    for entry in listing.entries:
+        checked = check_scan(entry, n_labels=len(labels))
+        if not isinstance(checked, CheckedScan):
+            problems += [str(problem) for problem in checked]
+            continue
+        scan = to_canonical(checked.image, checked.mask, grid)
+        volumes.append(
+            PublicVolume(
+                patient_id=entry.patient_id,
+                condition=entry.condition,
+                image=scan.image_DHW,
+                mask=scan.mask_DHW,
+            )
+        )
+    if problems:
+        raise CoordinatorError(
+            "public scans are not sound:\n  " + "\n  ".join(problems),
+            remedy="mend or leave out what is listed",
+        )
+    return volumes
+
+
+def _calibrate(
+    folder: Path, pair: PretrainedPair, volumes: list[PublicVolume], *, unseen: list[str] | None
+) -> None:
+    recipe = pair.recipe
+    advice = recipe.get("private_training", {})
+    chosen = advice.get("chosen", {}) if isinstance(advice, dict) else {}
+    save_calibration(
+        folder,
+        calibrate_public(
+            preset_name=str(recipe["preset"]),
+            conditions=[str(name) for name in recipe["conditions"]],
+            labels=[str(name) for name in recipe["labels"]],
+            autoencoder_path=pair.autoencoder_path,
+            prior_path=pair.prior_path,
+            volumes=volumes,
+            unseen=unseen,
+            subset=str(chosen.get("trainable", "all")),
+        ),
+    )

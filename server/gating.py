@@ -1,0 +1,94 @@
+"""From a finished run to a signed decision, and from approvals to a bundle: files in, files out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from privacy.compliance.approvals import approval_file_name
+from privacy.ledger_chain import LedgerHead
+from server.release.bundle import ReleasedBundle, ReleaseEvidence, write_bundle
+from server.release.gate import GateDecision, GateInputs, evaluate_gate, sign_decision
+from server.release.log import now_utc
+from server.study_store import StudyStore
+from shared.canonical import parse_json
+from shared.errors import CoordinatorError
+from shared.home import write_private
+from shared.identity import SigningKey
+from shared.plan_package import hash_file
+
+
+def decide(store: StudyStore, key: SigningKey) -> GateDecision:
+    """Evaluate the gate over what is in the store, sign and keep the decision.
+
+    Raises:
+        CoordinatorError: there is no candidate yet, or a decision was signed and a bundle released.
+    """
+    package = store.package()
+    if not store.candidate_path.exists():
+        raise CoordinatorError(
+            "there is no candidate to judge: no audit was completed",
+            remedy="lacuna coordinator status, then resume",
+        )
+    if store.bundle_path.exists():
+        raise CoordinatorError(f"study {package.plan.study_id!r} is released already: {store.bundle_path}")
+    decision = evaluate_gate(
+        GateInputs(
+            plan=package.plan,
+            plan_envelope=package.envelope,
+            ledgers=_by_site(store.evidence / "ledgers"),
+            verdicts=_by_site(store.evidence / "verdicts"),
+            candidate_sha256=hash_file(store.candidate_path),
+            autoencoder_sha256=hash_file(package.autoencoder),
+            attempts=store.attempts(),
+            seen_heads=_seen_heads(store),
+        )
+    )
+    write_private(store.decision_path, sign_decision(decision, key, at=now_utc()))
+    return decision
+
+
+def keep_approval(store: StudyStore, data: bytes) -> Path:
+    """Check whose approval it is and keep it. Raises EvidenceError (a PeerError)."""
+    path = store.approvals / approval_file_name(data, plan=store.package().plan)
+    store.approvals.mkdir(exist_ok=True, mode=0o700)
+    write_private(path, data)
+    return path
+
+
+def release(store: StudyStore, key: SigningKey, *, license_text: str | None = None) -> ReleasedBundle:
+    """Write the bundle, or refuse with every reason."""
+    package = store.package()
+    if not store.decision_path.exists():
+        raise CoordinatorError("the gate has not decided yet", remedy="lacuna coordinator gate")
+    approvals = [path.read_bytes() for path in sorted(store.approvals.glob("*.json"))]
+    return write_bundle(
+        store.bundle_path,
+        ReleaseEvidence(
+            plan=package.plan,
+            plan_envelope=package.envelope,
+            ledgers=_by_site(store.evidence / "ledgers"),
+            verdicts=_by_site(store.evidence / "verdicts"),
+            decision=store.decision_path.read_bytes(),
+            approvals=approvals,
+        ),
+        autoencoder=package.autoencoder,
+        candidate=store.candidate_path,
+        key=key,
+        at=now_utc(),
+        license_text=license_text,
+        log_path=store.log_path,
+    )
+
+
+def _by_site(folder: Path) -> Mapping[str, bytes]:
+    return {
+        path.name.removesuffix(".dsse.json"): path.read_bytes() for path in sorted(folder.glob("*.dsse.json"))
+    }
+
+
+def _seen_heads(store: StudyStore) -> dict[str, list[LedgerHead]]:
+    if not store.receipts_path.exists():
+        return {}
+    value = parse_json(store.receipts_path.read_bytes(), what="receipts.json")
+    return {site: [LedgerHead.from_dict(head)] for site, head in value["heads"].items()}

@@ -1,0 +1,163 @@
+"""A new plan from what is enrolled, what is public, and a few decisions of the coordinator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from privacy.audit.proposal import RECOMMENDED_AUDIT_NOISE, propose_audit
+from privacy.dp.accounting import gaussian_mu
+from privacy.dp.calibration import propose_privacy
+from privacy.dp.execution_plan import check_plan
+from server.public_calibration import load_calibration
+from shared.canonical import parse_json
+from shared.errors import CoordinatorError, UsageError
+from shared.model.denoiser import build_denoiser, parameter_subset
+from shared.model.presets import preset_named
+from shared.model.shipped import read_pair
+from shared.plan_package import hash_file
+from shared.study_plan import Mode, RosterClause, StudyPlan, TrainableSubset, default_threshold, parse_plan
+
+MAX_AUDIT_SHARE = 0.35
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanChoices:
+    """What the coordinator decides; everything else follows. None: the default of the recipe or of Lacuna."""
+
+    study_id: str
+    title: str = ""
+    mode: Mode = "distributed"
+    epsilon: float | None = 8.0
+    delta: float = 1e-5
+    rounds: int = 30
+    declared_patients: int = 100
+    rare_condition: str
+    trainable: TrainableSubset | None = None
+    clip_norm: float | None = None
+    server_learning_rate: float | None = None
+    local_steps: int = 1
+    local_learning_rate: float = 1e-3
+    draws_per_patient: int = 4
+    sampling_rate: float = 1.0
+    max_colluding: int = 1
+    threshold: int | None = None
+    max_attempts: int | None = None
+    copy_samples: int = 64
+    min_power: float = 0.5
+    low_power: Literal["refuse", "accept"] = "refuse"
+    site_approvals: int | None = None
+    simulated: bool = False
+    spacing_mm: tuple[float, float, float] | None = None
+
+
+def draft_plan(choices: PlanChoices, *, roster: RosterClause, public: Path) -> StudyPlan:
+    """Put a plan together and check that it keeps its promise.
+
+    Args:
+        roster: Sites, officer and coordinator with their keys.
+        public: Folder with the public networks, ``recipe.json`` and ``calibration.json``.
+
+    Raises:
+        CoordinatorError, UsageError: naming what is missing or contradictory.
+    """
+    pair = read_pair(public)
+    recipe = pair.recipe
+    calibration = load_calibration(public)
+    preset = preset_named(str(recipe["preset"]))
+    conditions = [str(name) for name in recipe["conditions"]]
+    if choices.rare_condition not in conditions:
+        raise UsageError(
+            f"no condition {choices.rare_condition!r}: the networks know {', '.join(conditions)}"
+        )
+    advice = _advice(public)
+    trainable = choices.trainable or advice.get("trainable") or "all"
+    dimension = sum(
+        parameter.numel()
+        for _, parameter in parameter_subset(build_denoiser(preset, n_conditions=len(conditions)), trainable)
+    )
+    clip_norm = choices.clip_norm or advice.get("clip_norm") or float(calibration["gradient_norms"][0])
+    learning_rate = choices.server_learning_rate or advice.get("server_learning_rate") or 1e-3
+    n_sites = len(roster.sites)
+    threshold = choices.threshold or default_threshold(n_sites, choices.max_colluding)
+    epsilon = None if choices.mode == "unprotected" else choices.epsilon
+    proposed = propose_privacy(
+        mode=choices.mode,
+        epsilon=epsilon,
+        delta=choices.delta,
+        clip_norm=clip_norm,
+        rounds=choices.rounds,
+        n_sites=n_sites,
+        threshold=threshold,
+        max_colluding=choices.max_colluding,
+        dimension=dimension,
+        declared_patients=choices.declared_patients,
+        sampling_rate=choices.sampling_rate,
+        draws_per_patient=choices.draws_per_patient,
+        local_steps=choices.local_steps,
+        max_attempts=choices.max_attempts,
+        audit_share=_audit_share(epsilon, choices.delta),
+        local_learning_rate=choices.local_learning_rate,
+    )
+    audit = propose_audit(
+        calibration["public_losses"],
+        copy_distance=float(calibration["copy_distance"]),
+        false_copy_rate=float(calibration["false_copy_rate"]),
+        declared_patients=choices.declared_patients,
+        copy_samples=choices.copy_samples,
+        noised=choices.mode != "unprotected",
+    ).model_copy(update={"min_power": choices.min_power, "low_power": choices.low_power})
+    plan = parse_plan(
+        {
+            "format": "lacuna/study-plan/v1",
+            "study_id": choices.study_id,
+            "title": choices.title or choices.study_id,
+            "roster": roster.model_dump(mode="json"),
+            "data": {
+                "conditions": conditions,
+                "rare_condition": choices.rare_condition,
+                "labels": [str(name) for name in recipe["labels"]],
+                "grid_shape": list(recipe["grid_shape"]),
+                "spacing_mm": list(choices.spacing_mm or preset.spacing_mm),
+                "simulated": choices.simulated,
+            },
+            "model": {
+                "preset": preset.name,
+                "autoencoder_sha256": hash_file(pair.autoencoder_path),
+                "prior_sha256": hash_file(pair.prior_path),
+                "trainable": trainable,
+                "dimension": dimension,
+                "server_learning_rate": learning_rate,
+                "ema_decay": float(advice.get("ema_decay", 0.9)),
+                "local_learning_rate": choices.local_learning_rate,
+                "sampling_steps": preset.sampling_steps,
+                "guidance_scale": preset.guidance_scale,
+            },
+            "privacy": proposed.privacy.model_dump(mode="json"),
+            "secure_aggregation": proposed.secure_aggregation.model_dump(mode="json"),
+            "audit": audit.model_dump(mode="json"),
+            "release": {"site_approvals": choices.site_approvals or max(1, threshold - 1)},
+        },
+        what="the proposed plan",
+    )
+    check_plan(plan)
+    return plan
+
+
+def _audit_share(epsilon: float | None, delta: float) -> float:
+    """Share of mu^2 that two audit attempts at the recommended noise take, within reason."""
+    if epsilon is None:
+        return MAX_AUDIT_SHARE
+    wanted = 2.0 / RECOMMENDED_AUDIT_NOISE**2 / gaussian_mu(epsilon, delta) ** 2
+    return min(wanted, MAX_AUDIT_SHARE)
+
+
+def _advice(public: Path) -> dict[str, Any]:
+    """What was measured about private training for these networks; empty where nothing was."""
+    recipe = parse_json((public / "recipe.json").read_bytes(), what="recipe.json")
+    advice = recipe.get("private_training", {}) if isinstance(recipe, dict) else {}
+    if not isinstance(advice, dict):
+        raise CoordinatorError("recipe.json: private_training is not a table")
+    chosen = advice.get("chosen", advice)
+    return chosen if isinstance(chosen, dict) else {}

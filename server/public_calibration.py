@@ -1,0 +1,157 @@
+"""What a plan takes from public data alone: clip norm, audit edges, copy distance.
+
+Everything here is computed from public volumes and public networks, before any hospital is asked, and goes
+into the plan in clear. No hospital's scan may ever reach this module.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from privacy.audit.copies import calibrate_copy_distance
+from privacy.audit.membership import AttackNoise, attack_losses
+from privacy.dp.patient_gradients import PatientGradients
+from privacy.dp.patients import PatientScans
+from privacy.secret_random import SecretRandom
+from server.pretrain import PublicVolume
+from shared.errors import CoordinatorError
+from shared.home import write_private
+from shared.model.autoencoder import LatentAutoencoder, build_autoencoder
+from shared.model.denoiser import build_denoiser, parameter_subset
+from shared.model.diffusion import per_sample_loss
+from shared.model.presets import preset_named
+from shared.model.sampling import sample_latents
+from shared.model.training import encode_batches
+from shared.model.weights import load_weights
+
+CALIBRATION_FILE = "calibration.json"
+UNRELATED_SAMPLES = 64
+
+Progress = Callable[[str, int, int], None]
+
+
+def calibrate_public(
+    *,
+    preset_name: str,
+    conditions: Sequence[str],
+    labels: Sequence[str],
+    autoencoder_path: Path,
+    prior_path: Path,
+    volumes: Sequence[PublicVolume],
+    unseen: Sequence[str] | None = None,
+    subset: str = "all",
+    timesteps: Sequence[float] = (0.2, 0.4, 0.6, 0.8),
+    draws_per_timestep: int = 2,
+) -> dict[str, Any]:
+    """Figures for ``plan new``.
+
+    Args:
+        volumes: Public scans on the canonical grid.
+        unseen: Public patients that the prior was not trained on; None: all of ``volumes``.
+        subset: Which parameters the gradient norms are measured over.
+
+    Returns:
+        ``public_losses`` (the prior's loss on each unseen public patient), ``copy_distance``,
+        ``false_copy_rate``, ``gradient_norms`` (quartiles over public patients).
+    """
+    preset = preset_named(preset_name)
+    autoencoder = build_autoencoder(preset, n_labels=len(labels))
+    load_weights(autoencoder, autoencoder_path)
+    autoencoder.eval()
+    prior = build_denoiser(preset, n_conditions=len(conditions))
+    load_weights(prior, prior_path)
+    patients = public_patients(autoencoder, volumes, conditions)
+    fresh = [p for p in patients if unseen is None or p.patient_key in set(unseen)]
+    if len(fresh) < 3:
+        raise CoordinatorError(
+            f"{len(fresh)} public patients were held out of pretraining; calibration needs at least 3",
+            remedy="declare more patients public",
+        )
+    latent_shape = tuple(fresh[0].latents_SCDHW.shape[1:])
+    noise = AttackNoise.from_plan_digest(
+        bytes(32), timesteps=timesteps, draws_per_timestep=draws_per_timestep, latent_shape=latent_shape
+    )
+    prior.eval()
+    losses = attack_losses(
+        public_denoiser=prior, candidate_denoiser=prior, patients=fresh, noise=noise, loss=per_sample_loss
+    )
+    samples = sample_latents(
+        prior,
+        torch.arange(UNRELATED_SAMPLES) % len(conditions),
+        steps=preset.sampling_steps,
+        guidance_scale=preset.guidance_scale,
+        seed=1,
+        latent_shape=preset.latent_shape(_grid(volumes)),
+    )
+    copies = calibrate_copy_distance(autoencoder, fresh, unrelated_NCDHW=samples)
+    parameters = parameter_subset(prior, subset)
+    secret = SecretRandom()
+    norms = [
+        float(
+            np.linalg.norm(
+                PatientGradients(
+                    prior, parameters, per_sample_loss, clip=1.0, draws_per_patient=4
+                ).mean_gradient([patient], secret)
+            )
+        )
+        for patient in fresh[:16]
+    ]
+    return {
+        "format": "lacuna/public-calibration/v1",
+        "public_patients": len(patients),
+        "unseen_patients": len(fresh),
+        "public_losses": [round(float(value), 6) for value in losses.public_P],
+        "copy_distance": copies.distance,
+        "false_copy_rate": copies.false_copy_rate,
+        "subset": subset,
+        "gradient_norms": [round(float(q), 5) for q in np.quantile(norms, [0.25, 0.5, 0.75])],
+    }
+
+
+def public_patients(
+    autoencoder: LatentAutoencoder, volumes: Sequence[PublicVolume], conditions: Sequence[str]
+) -> list[PatientScans]:
+    """Public volumes as latents, grouped by patient."""
+    image = torch.from_numpy(np.stack([v.image for v in volumes]).astype(np.float32))[:, None]
+    mask = torch.from_numpy(np.stack([v.mask for v in volumes]))
+    z_NCDHW = encode_batches(autoencoder, image, mask)
+    rows: dict[str, list[int]] = {}
+    for row, volume in enumerate(volumes):
+        rows.setdefault(volume.patient_id, []).append(row)
+    return [
+        PatientScans(
+            patient_key=patient,
+            latents_SCDHW=z_NCDHW[own],
+            conditions_S=torch.tensor([list(conditions).index(volumes[row].condition) for row in own]),
+        )
+        for patient, own in sorted(rows.items())
+    ]
+
+
+def save_calibration(folder: Path, value: dict[str, Any]) -> None:
+    """Write calibration.json beside the public networks."""
+    write_private(folder / CALIBRATION_FILE, json.dumps(value, indent=1).encode())
+
+
+def load_calibration(folder: Path) -> dict[str, Any]:
+    """Read calibration.json. Raises CoordinatorError."""
+    try:
+        value = json.loads((folder / CALIBRATION_FILE).read_bytes())
+    except (OSError, ValueError) as error:
+        raise CoordinatorError(
+            f"{folder} has no public networks with their calibration", remedy="lacuna coordinator pretrain"
+        ) from error
+    if not isinstance(value, dict) or value.get("format") != "lacuna/public-calibration/v1":
+        raise CoordinatorError(f"{folder / CALIBRATION_FILE} is damaged")
+    return value
+
+
+def _grid(volumes: Sequence[PublicVolume]) -> tuple[int, int, int]:
+    depth, height, width = volumes[0].image.shape
+    return depth, height, width
