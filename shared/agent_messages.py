@@ -82,7 +82,9 @@ class HelloReply:
     signature: str
 
     @classmethod
-    def sign(cls, hello: Hello, *, site_id: str, last_attempt: int, version: str, key: SigningKey) -> HelloReply:
+    def sign(
+        cls, hello: Hello, *, site_id: str, last_attempt: int, version: str, key: SigningKey
+    ) -> HelloReply:
         signature = key.sign("lacuna/hello/v1", *_hello_parts(hello, site_id, last_attempt, version))
         return cls(site_id=site_id, last_attempt=last_attempt, version=version, signature=signature.hex())
 

@@ -98,6 +98,7 @@ PRESETS: dict[str, ModelPreset] = {
             norm_groups=8,
             condition_gain=128.0,
             sampling_steps=20,
+            guidance_scale=2.0,
         ),
         ModelPreset(
             name="tiny",
