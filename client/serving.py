@@ -15,7 +15,7 @@ from client.site_home import SiteHome
 from privacy.dp.execution_plan import check_plan
 from privacy.ledger import Ledger
 from privacy.secret_random import SecretRandom
-from shared.errors import UsageError
+from shared.errors import LedgerError, SiteError, UsageError
 
 COMMITMENT = "site-key-commitment"
 
@@ -49,10 +49,13 @@ class ServingAgent:
 
 
 def open_ledger(home: SiteHome) -> Ledger:
-    """The site's ledger; made at the first use, and from then on never without its witness."""
-    first = not home.ledger_path.exists() and not home.counter_path.exists()
-    home.counter_path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    return Ledger.open(home.ledger_path, key=home.identity(), counter_path=home.counter_path, create=first)
+    """The site's ledger, as ``lacuna site init`` made it; never begun again. Raises LedgerError."""
+    if not home.ledger_path.exists():
+        raise LedgerError(
+            f"the ledger {home.ledger_path} is missing: what this site has spent is not known",
+            remedy="restore the newest copy of the ledger; without it, retire this site's key and budget",
+        )
+    return Ledger.open(home.ledger_path, key=home.identity(), counter_path=home.counter_path)
 
 
 def serve_study(
@@ -71,8 +74,8 @@ def serve_study(
     package = home.approved_plan(study_id)
     home.policy().check(package.plan, own_site=home.site_id, own_key=home.identity().verify_key)
     check_plan(package.plan)
-    log_to(home.study(study_id) / "agent.log")
     with ExitStack() as resources:
+        resources.callback(log_to(home.study(study_id) / "agent.log"))
         ledger = resources.enter_context(open_ledger(home))
         _commit_to_site_key(home, study_id, ledger)
         from client.workbench import SiteWorkbench, set_threads
@@ -119,7 +122,7 @@ def _commit_to_site_key(home: SiteHome, study_id: str, ledger: Ledger) -> None:
     if not recorded:
         ledger.record(COMMITMENT, {"study_id": study_id, "commitment": commitment})
     elif recorded[0] != commitment:
-        raise UsageError(
+        raise SiteError(
             f"the store of study {study_id!r} has another key than the ledger committed to",
             remedy="put the study's first store back: who is held out must not change during a study",
         )

@@ -27,7 +27,7 @@ from privacy.audit.counts import CountsLayout
 from privacy.audit.verdict import PlantedLeak
 from privacy.audit.verdict_statement import make_verdict_statement, sign_verdict
 from privacy.dp.execution_plan import ExecutionPlan
-from privacy.ledger import Budget, Charge, Ledger
+from privacy.ledger import Budget, Charge, Ledger, RepeatedAttemptError
 from privacy.ledger_chain import LedgerHead, export_statement
 from privacy.secagg.messages import (
     AdvertiseRequest,
@@ -57,6 +57,7 @@ from shared.errors import (
     LacunaError,
     LedgerError,
     MalformedMessageError,
+    PeerError,
     ProtocolRefusedError,
     RefusedError,
 )
@@ -274,17 +275,22 @@ class SiteAgent:
             request.candidate_sha256,
         ):
             raise RequestRefusedError("candidate_not_audited", "this site did not audit that candidate")
-        statement = make_verdict_statement(
-            self._plan,
-            candidate_sha256=request.candidate_sha256,
-            run_id=request.run_id,
-            attempt=request.attempt,
-            site_id=self._site_id,
-            survivors=request.survivors,
-            pooled_counts=request.pooled_counts,
-            planted_leak=audited.planted_leak,
-            veto=(self._directory / "veto").exists(),
-        )
+        try:
+            statement = make_verdict_statement(
+                self._plan,
+                candidate_sha256=request.candidate_sha256,
+                run_id=request.run_id,
+                attempt=request.attempt,
+                site_id=self._site_id,
+                survivors=request.survivors,
+                pooled_counts=request.pooled_counts,
+                planted_leak=audited.planted_leak,
+                veto=(self._directory / "veto").exists(),
+            )
+        except LacunaError as error:
+            raise RequestRefusedError(
+                "counts_outside_plan", "no verdict follows from these counts"
+            ) from error
         self._say("verdict signed", attempt=request.attempt)
         ledger = export_statement(self._ledger.entries(), self._ledger.head(), self._key)
         blobs = (sign_verdict(statement, self._key), ledger)
@@ -308,6 +314,10 @@ def _what_to_tell(error: Exception) -> tuple[str, str]:
         return error.reason, error.message
     if isinstance(error, MalformedMessageError):
         return "malformed", "the message does not parse"
+    if isinstance(error, PeerError):
+        return "peer_misbehaved", "what another site signed does not verify, or its ledger went back"
+    if isinstance(error, RepeatedAttemptError):
+        return "attempt_repeated", "this attempt was charged or registered before"
     if isinstance(error, BudgetExceededError):
         return "budget_exhausted", "the charge would pass this site's budget"
     if isinstance(error, LedgerError):
@@ -319,10 +329,16 @@ def _unexpected(error: Exception) -> bool:
     return not isinstance(error, LacunaError)
 
 
-def log_to(path: Path) -> None:
-    """Write the agent's log to a private file, one line an event."""
+def log_to(path: Path) -> Callable[[], None]:
+    """Write the agent's log to a private file, one line an event; what is returned ends that."""
     path.touch(mode=0o600, exist_ok=True)
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)
     log.setLevel(logging.INFO)
+
+    def end() -> None:
+        log.removeHandler(handler)
+        handler.close()
+
+    return end

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -42,8 +43,8 @@ class SiteHome:
     def counter_path(self) -> Path:
         """The ledger's counter. Outside ``LACUNA_HOME``, so that a backup of it does not take it along."""
         base = os.environ.get("LACUNA_COUNTER_DIR") or Path.home() / ".local" / "state" / "lacuna"
-        name = str(self.root).strip("/").replace("/", "-") + ".counter"
-        return Path(base).expanduser() / name
+        name = hashlib.sha256(str(self.root.absolute()).encode()).hexdigest()[:16]
+        return Path(base).expanduser() / f"site-{name}.counter"
 
     def study(self, study_id: str) -> Path:
         """Everything of one study: the approved plan, the store of scans with its key, latents, audits."""
@@ -90,15 +91,19 @@ class SiteHome:
 
 
 def init_site(home: SiteHome, *, name: str) -> bytes:
-    """Make keys and policy; nothing that exists is overwritten.
+    """Make keys, policy and an empty ledger with its witness; nothing that exists is overwritten.
+
+    The ledger is made here and nowhere else: one that is lost later is missed, never begun again.
 
     Returns:
         The enrolment request for the coordinator.
 
     Raises:
-        SiteError: a site is set up here already.
-        MalformedMessageError: the name is no identifier.
+        SiteError: a site is set up here already, or a ledger or witness of an earlier one is.
+        UsageError: the name is no identifier.
     """
+    from privacy.ledger import Ledger
+
     if home.identity_path.exists():
         raise SiteError(f"{home.root} holds site {home.site_id!r} already")
     key = SigningKey.generate()
@@ -107,5 +112,7 @@ def init_site(home: SiteHome, *, name: str) -> bytes:
     write_private(home.root / "site.json", json.dumps({"site_id": name}).encode())
     if not home.policy_path.exists():
         save_policy(SitePolicy(), home.policy_path)
+    home.counter_path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    Ledger.open(home.ledger_path, key=key, counter_path=home.counter_path, create=True).close()
     key.save(home.identity_path)
     return request

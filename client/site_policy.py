@@ -16,6 +16,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from shared.errors import RefusedError, SiteError
+from shared.home import write_private
 from shared.identity import VerifyKey
 from shared.study_plan import Identifier, Mode, StudyPlan, TrainableSubset
 
@@ -182,10 +183,7 @@ def load_policy(path: Path) -> SitePolicy:
 def save_policy(policy: SitePolicy, path: Path) -> None:
     """Write policy.toml atomically, mode 0600."""
     value = {key: item for key, item in policy.model_dump(mode="json").items() if item is not None}
-    temporary = path.with_suffix(".part")
-    temporary.write_text(tomli_w.dumps(value), encoding="utf-8")
-    temporary.chmod(0o600)
-    temporary.replace(path)
+    write_private(path, tomli_w.dumps(value).encode())
 
 
 def _validated(value: object, *, what: str) -> SitePolicy:

@@ -8,11 +8,11 @@ from typing import Any
 
 from server.study_store import coordinator_root
 from shared.canonical import canonical_json, parse_json
-from shared.enrolment import EnrolmentRequest, open_request
+from shared.enrolment import EnrolmentRequest, check_name, open_request
 from shared.errors import CoordinatorError, RefusedError
 from shared.home import private_directory, write_private
 from shared.identity import SigningKey
-from shared.study_plan import RosterClause, SiteEntry
+from shared.study_plan import MAX_SITES, RosterClause, SiteEntry
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,10 @@ class CoordinatorHome:
         """Make the coordinator's key where there is none, and the study's folder.
 
         Raises:
-            CoordinatorError: the study exists, or its name is no identifier.
+            CoordinatorError: the study exists.
+            UsageError: its name is no identifier.
         """
-        SiteEntry(site_id=study_id, identity_key="0" * 64)
+        check_name(study_id)
         private_directory(self.root)
         if not self.key_path.exists():
             SigningKey.generate().save(self.key_path)
@@ -79,7 +80,8 @@ class CoordinatorHome:
 
         Raises:
             RefusedError: the fingerprint is another; nothing was enrolled.
-            CoordinatorError: the name stands for another key already, or the plan is signed.
+            CoordinatorError: the name stands for another key already, the key for another name, the roster
+                is full, or the plan is signed.
         """
         request = open_request(request_bytes)
         if request.key.fingerprint != fingerprint:
@@ -91,13 +93,19 @@ class CoordinatorHome:
         enrolled = self.enrolled(study_id)
         if (self.study(study_id) / "plan").exists():
             raise CoordinatorError("the plan is signed: its roster does not change any more")
+        key, sites = request.key.hex(), enrolled["sites"]
+        known = enrolled["officer"] if request.role == "officer" else sites.get(request.name)
+        if known not in (None, key):
+            who = "an officer" if request.role == "officer" else f"site {request.name!r}"
+            raise CoordinatorError(f"{who} is enrolled already, with another key")
+        if known is None and key in {*sites.values(), enrolled["officer"], self.key().verify_key.hex()}:
+            raise CoordinatorError(f"the key of {request.name!r} stands for somebody else in this study")
+        if known is None and request.role == "site" and len(sites) >= MAX_SITES:
+            raise CoordinatorError(f"a study has at most {MAX_SITES} sites")
         if request.role == "officer":
-            enrolled["officer"] = request.key.hex()
+            enrolled["officer"] = key
         else:
-            known = enrolled["sites"].get(request.name)
-            if known not in (None, request.key.hex()):
-                raise CoordinatorError(f"site {request.name!r} is enrolled already, with another key")
-            enrolled["sites"][request.name] = request.key.hex()
+            sites[request.name] = key
         write_private(self.study(study_id) / "enrolled.json", canonical_json(enrolled))
         return request
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from server.site_directory import SiteDirectory
 from server.transport import Transport
 from shared.agent_messages import EXCHANGE, EXCHANGE_REPLY, REFUSED
-from shared.errors import LacunaError
+from shared.errors import LacunaError, MalformedMessageError
 from shared.wire import Envelope, pack, unpack
 
 
@@ -104,5 +104,5 @@ class Exchanger:
 
 def _parts(reply: Envelope) -> list[Envelope]:
     if reply.kind != EXCHANGE_REPLY:
-        raise LacunaError(f"answered with a {reply.kind!r}")
+        raise MalformedMessageError(f"answered with a {reply.kind!r}")
     return unpack(reply)

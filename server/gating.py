@@ -12,7 +12,7 @@ from server.release.gate import GateDecision, GateInputs, evaluate_gate, sign_de
 from server.release.log import now_utc
 from server.study_store import StudyStore
 from shared.canonical import parse_json
-from shared.errors import CoordinatorError
+from shared.errors import CoordinatorError, PeerError
 from shared.home import write_private
 from shared.identity import SigningKey
 from shared.plan_package import hash_file
@@ -90,5 +90,8 @@ def _by_site(folder: Path) -> Mapping[str, bytes]:
 def _seen_heads(store: StudyStore) -> dict[str, list[LedgerHead]]:
     if not store.receipts_path.exists():
         return {}
-    value = parse_json(store.receipts_path.read_bytes(), what="receipts.json")
-    return {site: [LedgerHead.from_dict(head)] for site, head in value["heads"].items()}
+    try:
+        value = parse_json(store.receipts_path.read_bytes(), what="receipts.json")
+        return {site: [LedgerHead.from_dict(head)] for site, head in value["heads"].items()}
+    except (PeerError, KeyError, TypeError, AttributeError) as error:
+        raise CoordinatorError(f"{store.receipts_path} is damaged: {error}") from error

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from shared.checkpoint import load_tensors, save_tensors
-from shared.errors import CoordinatorError
+from shared.errors import CoordinatorError, MalformedMessageError
 from shared.study_plan import StudyPlan
 
 Vector = NDArray[np.float32]
@@ -104,17 +104,23 @@ class GlobalModel:
         Raises:
             CoordinatorError: it is damaged, or of another plan.
         """
-        tensors, metadata = load_tensors(path)
+        try:
+            tensors, metadata = load_tensors(path)
+        except MalformedMessageError as error:
+            raise CoordinatorError(f"checkpoint is damaged: {error.message}") from error
         if metadata.get("plan_sha256") != plan.digest().hex():
             raise CoordinatorError(f"checkpoint {path} belongs to another plan")
         shape = (plan.model.dimension,)
         for name in ("weights", "ema", "adam.exp_avg", "adam.exp_avg_sq"):
             if name not in tensors or tensors[name].shape != shape or not np.isfinite(tensors[name]).all():
                 raise CoordinatorError(f"checkpoint {path} is damaged: tensor {name!r}")
+        step_1 = tensors.get("adam.step", np.zeros(0))
+        if step_1.shape != (1,) or not 0 <= step_1[0] < np.inf or not metadata.get("round", "").isdecimal():
+            raise CoordinatorError(f"checkpoint {path} is damaged: its step or round")
         model = cls(plan, tensors["weights"])
         model._ema = torch.from_numpy(tensors["ema"].copy())
         model.round = int(metadata["round"])
-        step = float(tensors["adam.step"][0])
+        step = float(step_1[0])
         if step > 0:
             model._optimizer.state[model._weights] = {
                 "step": torch.tensor(step),

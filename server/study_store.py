@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from shared.errors import CoordinatorError
+from shared.canonical import parse_json
+from shared.errors import CoordinatorError, MalformedMessageError
 from shared.home import lacuna_home, private_directory
 from shared.plan_package import PlanPackage, open_plan_package
 
@@ -224,12 +225,36 @@ class StudyStore:
         return sum(record.status not in ("prepared", "void") for record in self.attempts(purpose))
 
     def void_leftovers(self) -> None:
-        """On resume: what an earlier run prepared is void, what it had open is aborted."""
+        """On resume: what an earlier run prepared is void; what it had open is completed where its result is
+        on disk (the run died between the file and the database), and aborted otherwise.
+        """
         for record in self.attempts():
             if record.status == "prepared":
                 self.void_attempt(record.attempt)
             elif record.status == "open":
-                self.abort_attempt(record.attempt, "the run that opened it ended")
+                survivors = self._survivors_on_disk(record)
+                if survivors is None:
+                    self.abort_attempt(record.attempt, "the run that opened it ended")
+                else:
+                    self.complete_attempt(record.attempt, survivors)
+
+    def _survivors_on_disk(self, record: AttemptRecord) -> tuple[str, ...] | None:
+        """Whose vectors are in the checkpoint or the audit that this attempt left; None if it left none."""
+        try:
+            if record.purpose == "train":
+                from shared.checkpoint import load_tensors
+
+                _, metadata = load_tensors(self.checkpoint_path(record.round))
+                if metadata.get("attempt") != str(record.attempt):
+                    return None
+                return tuple(metadata["survivors"].split(","))
+            path = self.evidence / "audit.json"
+            audit = parse_json(path.read_bytes(), what=str(path))
+            if (audit["attempt"], audit["run_id"]) != (record.attempt, record.run_id):
+                return None
+            return tuple(str(site) for site in audit["survivors"])
+        except (OSError, MalformedMessageError, KeyError, TypeError):
+            return None
 
     # events
 

@@ -46,7 +46,7 @@ def integer_field(body: dict[str, Any], name: str, low: int, high: int, *, what:
 
 
 def _fields(envelope: Envelope, kind: str, names: set[str]) -> dict[str, Any]:
-    if envelope.kind != kind or set(envelope.body) != names:
+    if envelope.kind != kind or set(envelope.body) != names or (envelope.blobs and kind != WORK):
         raise MalformedMessageError(f"{kind}: message of kind {envelope.kind!r} has other fields")
     return envelope.body
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from typing import Any
 
 import rfc8785
@@ -35,7 +36,7 @@ def canonical_json(value: Any) -> bytes:
 
 
 def parse_json(data: bytes, *, what: str, max_bytes: int = MAX_JSON_BYTES) -> Any:
-    """Parse JSON strictly: bounded size, UTF-8, no duplicate keys, no NaN or Infinity.
+    """Parse JSON strictly: bounded size, UTF-8, no duplicate keys, no NaN or Infinity (1e999 neither).
 
     Args:
         data: The bytes.
@@ -51,6 +52,12 @@ def parse_json(data: bytes, *, what: str, max_bytes: int = MAX_JSON_BYTES) -> An
     def reject_constant(name: str) -> None:
         raise ValueError(f"{name} is not JSON")
 
+    def finite(text: str) -> float:
+        value = float(text)
+        if not math.isfinite(value):
+            raise ValueError(f"{text[:40]} is too large for a number")
+        return value
+
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result: dict[str, Any] = {}
         for key, value in pairs:
@@ -60,7 +67,12 @@ def parse_json(data: bytes, *, what: str, max_bytes: int = MAX_JSON_BYTES) -> An
         return result
 
     try:
-        return json.loads(data.decode("utf-8"), parse_constant=reject_constant, object_pairs_hook=unique)
+        return json.loads(
+            data.decode("utf-8"),
+            parse_constant=reject_constant,
+            parse_float=finite,
+            object_pairs_hook=unique,
+        )
     except (ValueError, RecursionError) as error:
         raise MalformedMessageError(f"{what}: not valid JSON ({error})") from error
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from shared.attestation import Statement, open_statement, sign_statement
 from shared.canonical import parse_json
-from shared.errors import MalformedMessageError
+from shared.errors import MalformedMessageError, UsageError
 from shared.identity import SigningKey, VerifyKey
 
 REQUEST_PREDICATE = "enrolment-request/v1"
@@ -32,8 +32,8 @@ class EnrolmentRequest:
 
 
 def make_request(*, role: Role, name: str, key: SigningKey) -> bytes:
-    """A signed request as JSON bytes. Raises MalformedMessageError for a name that is no identifier."""
-    _check_name(name)
+    """A signed request as JSON bytes. Raises UsageError for a name that is no identifier."""
+    check_name(name)
     predicate: dict[str, Any] = {"role": role, "name": name, "key": key.verify_key.hex()}
     return sign_statement(Statement(predicate_type=REQUEST_PREDICATE, subjects=(), predicate=predicate), key)
 
@@ -53,14 +53,16 @@ def open_request(data: bytes) -> EnrolmentRequest:
     role, name = statement.predicate.get("role"), statement.predicate.get("name")
     if role not in ("site", "officer") or not isinstance(name, str):
         raise MalformedMessageError("enrolment request: role is 'site' or 'officer', name is text")
-    _check_name(name)
+    if not NAME.fullmatch(name):
+        raise MalformedMessageError(f"enrolment request: {name[:80]!r} is not a name")
     if statement.predicate.get("key") != key.hex():
         raise MalformedMessageError("enrolment request: is signed by another key than it names")
     return EnrolmentRequest(role=role, name=name, key=key)
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
+    """Raises UsageError for a name that a person gave and that is no identifier."""
     if not NAME.fullmatch(name):
-        raise MalformedMessageError(
+        raise UsageError(
             f"{name[:80]!r} is not a name: 1 to 63 of a-z, 0-9 and '-', starting with a letter or digit"
         )

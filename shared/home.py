@@ -14,7 +14,7 @@ def lacuna_home() -> Path:
 
 
 def private_directory(path: Path) -> Path:
-    """Make a directory with mode 0700, and its parents.
+    """Make a directory with mode 0700; missing parents are made too, as the umask says.
 
     Raises:
         SiteError: it cannot be made, or others may enter it.
@@ -37,3 +37,8 @@ def write_private(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

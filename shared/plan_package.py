@@ -16,9 +16,10 @@ from shared.attestation import Statement, Subject, open_statement, sign_statemen
 from shared.canonical import parse_json
 from shared.errors import CoordinatorError
 from shared.identity import SigningKey, VerifyKey
-from shared.study_plan import InvalidPlanError, StudyPlan, parse_plan
+from shared.study_plan import InvalidPlanError, StudyPlan, load_plan_toml, parse_plan
 
 PLAN_PREDICATE = "plan/v1"
+PACKAGE_FILES = ("plan.json", "plan.toml", "plan.dsse.json", "autoencoder.safetensors", "prior.safetensors")
 _CHUNK_BYTES = 1 << 20
 
 
@@ -95,7 +96,8 @@ def write_plan_package(
 
 
 def open_plan_package(root: Path) -> PlanPackage:
-    """Read and verify a package: schema, signature by the key the plan itself names, all hashes.
+    """Read and verify a package: schema, signature by the key the plan itself names, all hashes, and that
+    the form for people says the same.
 
     The caller still has to check that the coordinator's key is the one it has pinned.
 
@@ -119,6 +121,8 @@ def open_plan_package(root: Path) -> PlanPackage:
     statement = open_statement(envelope, key=key, predicate_type=PLAN_PREDICATE, what="plan.dsse.json")
     if statement.predicate.get("plan_sha256") != plan.digest().hex():
         raise InvalidPlanError("plan.dsse.json signs another plan than plan.json")
+    if load_plan_toml(root / "plan.toml") != plan:
+        raise InvalidPlanError("plan.toml, the form that people read, says other things than plan.json")
     package = PlanPackage(root=root, plan=plan, envelope=envelope)
     for path, expected in (
         (package.autoencoder, plan.model.autoencoder_sha256),

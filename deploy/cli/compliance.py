@@ -41,10 +41,11 @@ def _key() -> SigningKey:
 @click.option("--out", type=PathType, required=True, help="Enrolment request for the coordinator.")
 def init(name: str, out: Path) -> None:
     """Make the officer's key and an enrolment request for the coordinator."""
-    private_directory(_key_path().parent)
     key = SigningKey.generate()
+    request = make_request(role="officer", name=name, key=key)
+    private_directory(_key_path().parent)
     key.save(_key_path())
-    write_output(out, make_request(role="officer", name=name, key=key), what="enrolment request")
+    write_output(out, request, what="enrolment request")
     click.echo(f"read this fingerprint to the coordinator and the sites: {key.verify_key.fingerprint}")
 
 

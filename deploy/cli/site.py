@@ -23,7 +23,7 @@ from deploy.cli.output import (
 )
 from shared.errors import RefusedError, SiteError, UsageError
 from shared.home import private_directory
-from shared.plan_package import open_plan_package
+from shared.plan_package import PACKAGE_FILES, open_plan_package
 
 PathType = click.Path(path_type=Path)
 study_argument = click.argument("study", required=False)
@@ -39,9 +39,15 @@ def command() -> None:
 
 def _study(home: SiteHome, study: str | None) -> str:
     """The study that was named, or the only one there is."""
-    if study is not None:
-        return study
     approved = home.studies()
+    if study is not None:
+        if study not in approved:
+            raise SiteError(
+                f"this site has not approved a plan of study {study!r} "
+                f"(approved: {', '.join(approved) or 'none'})",
+                remedy="lacuna site approve PLAN",
+            )
+        return study
     if len(approved) != 1:
         raise UsageError(
             "name the study: " + (f"this site has {', '.join(approved)}" if approved else "none is approved")
@@ -187,7 +193,11 @@ def approve(plan_root: Path) -> None:
         )
     part = target.with_name("plan.part")
     shutil.rmtree(part, ignore_errors=True)
-    shutil.copytree(plan_root, part)
+    part.mkdir(mode=0o700)
+    for name in PACKAGE_FILES:
+        shutil.copyfile(plan_root / name, part / name)
+    if open_plan_package(part).plan != plan:
+        raise RefusedError(f"{plan_root} changed while it was being approved")
     part.rename(target)
     epsilon = "infinite" if plan.privacy.epsilon is None else f"{plan.privacy.epsilon:g}"
     click.echo(
