@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -55,6 +56,8 @@ class Demo:
     options: DemoOptions
     console: Console
     started: float = field(default_factory=time.monotonic)
+    disturb: Callable[[LocalConsortium], None] = lambda _: None
+    """Called while a run is under way; tests kill processes here."""
 
     @property
     def out(self) -> Path:
@@ -76,8 +79,9 @@ class Demo:
         self._enrol()
         self._step("Public networks and the study plan")
         study.pretrain()
-        self._lacuna("coordinator", "plan", "new", "--study", STUDY, *self._plan_choices(study.plan_choices))
-        self._lacuna("coordinator", "plan", "sign", "--study", STUDY, "--out", str(self._exchange("plan")))
+        coordinate = partial(self._lacuna, "coordinator", "coordinator")
+        coordinate("plan", "new", "--study", STUDY, *self._plan_choices(study.plan_choices))
+        coordinate("plan", "sign", "--study", STUDY, "--out", str(self._exchange("plan")))
         self._step("Hospitals: import scans, approve the plan against their own policy")
         for name in self.names:
             if self.options.leaky:
@@ -90,7 +94,7 @@ class Demo:
         self._train()
         self._step("Gate")
         decision = self._exchange("gate-decision.dsse.json")
-        code = self._lacuna("coordinator", "gate", "--study", STUDY, "--out", str(decision), may_refuse=True)
+        code = coordinate("gate", "--study", STUDY, "--out", str(decision), may_refuse=True)
         if code == 0:
             self._release(decision, study)
         self._summary(study, released=code == 0)
@@ -174,7 +178,12 @@ class Demo:
         )  # fmt: skip
         run_id = str(json.loads(answer.getvalue())["run_id"])
         with _round_progress(self.console, self.store) as show:
-            return consortium.wait(run_id, timeout_s=RUN_TIMEOUT_S, on_poll=show)
+
+            def on_poll() -> None:
+                show()
+                self.disturb(consortium)
+
+            return consortium.wait(run_id, timeout_s=RUN_TIMEOUT_S, on_poll=on_poll)
 
     def _release(self, decision: Path, study: Scans) -> None:
         self._step("Approvals, release, verification")
@@ -433,7 +442,7 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 
 @contextmanager
 def _round_progress(console: Console, store: StudyStore) -> Iterator[Callable[[], None]]:
-    """A bar over rounds, and a line for everything that did not go as planned."""
+    """A bar over rounds (lines where there is no terminal), and all that did not go as planned."""
     rounds = store.package().plan.privacy.rounds
     ordinary = {"run_started", "attempt_opened", "round_completed", "verdict_received"}
     shown = max((number for number, *_ in store.events()), default=0)
@@ -443,8 +452,12 @@ def _round_progress(console: Console, store: StudyStore) -> Iterator[Callable[[]
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         console=console,
+        disable=not console.is_terminal,
     ) as progress:
         task = progress.add_task("rounds", total=rounds, completed=store.completed_rounds())
+
+        def say(words: str) -> None:
+            progress.console.print(f"  {words}", soft_wrap=True)
 
         def show() -> None:
             nonlocal shown
@@ -452,8 +465,11 @@ def _round_progress(console: Console, store: StudyStore) -> Iterator[Callable[[]
                 shown = number
                 if kind == "attempt_opened" and body["purpose"] == "audit":
                     progress.update(task, description="audit at every hospital")
+                    say("all rounds are done; every hospital audits the candidate")
+                elif kind == "round_completed" and not console.is_terminal and body["round"] % 5 == 0:
+                    say(f"round {body['round']} of {rounds}")
                 elif kind not in ordinary:
-                    progress.console.print(f"  {kind}: {json.dumps(body)}", soft_wrap=True)
+                    say(f"{kind}: {json.dumps(body)}")
             progress.update(task, completed=store.completed_rounds())
 
         try:

@@ -14,7 +14,10 @@ _BUSY_TIMEOUT_S = 2.0
 
 def connect(path: Path, *, writable: bool) -> sqlite3.Connection:
     uri = f"file:{_uri_path(path)}?mode={'rwc' if writable else 'ro'}"
-    connection = sqlite3.connect(uri, uri=True, timeout=_BUSY_TIMEOUT_S, isolation_level=None)
+    # The agent answers each request from another thread, one request at a time under its lock.
+    connection = sqlite3.connect(
+        uri, uri=True, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
+    )
     # EXTRA is FULL plus a sync of the directory after the rollback journal is unlinked: in journal mode
     # DELETE, FULL alone may lose the last commit on power failure (SQLite, "PRAGMA synchronous").
     if writable:

@@ -132,7 +132,7 @@ def draft_plan(choices: PlanChoices, *, roster: RosterClause, public: Path) -> S
                 "ema_decay": float(advice.get("ema_decay", 0.9)),
                 "local_learning_rate": choices.local_learning_rate,
                 "sampling_steps": preset.sampling_steps,
-                "guidance_scale": preset.guidance_scale,
+                "guidance_scale": float(advice.get("guidance_scale", preset.guidance_scale)),
             },
             "privacy": proposed.privacy.model_dump(mode="json"),
             "secure_aggregation": proposed.secure_aggregation.model_dump(mode="json"),

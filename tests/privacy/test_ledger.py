@@ -12,6 +12,7 @@ import sqlite3
 import subprocess
 import sys
 import textwrap
+import threading
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -531,3 +532,14 @@ def test_killed_process_never_undercounts(tmp_path: Path) -> None:
             charged = set(ledger.charged_attempts("s"))
         assert sent <= charged
         assert len(charged) <= len(sent) + 4
+
+
+def test_requests_come_from_other_threads(tmp_path: Path) -> None:
+    """The agent opens the ledger in one thread and serves from others, one at a time."""
+    with Ledger.open(
+        tmp_path / "l.sqlite", key=SigningKey.generate(), counter_path=tmp_path / "w", create=True
+    ) as ledger:
+        worker = threading.Thread(target=ledger.register_attempt, args=("study", 1))
+        worker.start()
+        worker.join()
+        assert ledger.last_registered_attempt("study") == 1
