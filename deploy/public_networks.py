@@ -20,7 +20,7 @@ from shared.volumes.canonical_grid import CanonicalGrid, to_canonical
 
 Progress = Callable[[str, int, int], None]
 
-CALIBRATION_PATIENTS = 200
+CALIBRATION_PATIENTS = 120
 CALIBRATION_SEED = 20_002
 
 
