@@ -412,6 +412,7 @@ class DecathlonScans:
         self._demo._lacuna(
             "coordinator", "coordinator", "pretrain", "--study", STUDY, "--preset", "tiny",
             *self._source("public"), "--conditions", "normal,small", "--labels", "anterior,posterior",
+            "--autoencoder-steps", "900", "--prior-steps", "700",
         )  # fmt: skip
 
     @property
