@@ -303,7 +303,7 @@ class SiteAgent:
         """Status for ``lacuna site status``: what the agent does, nothing about patients."""
         value = {"state": state, "at": self._clock(), **facts}
         try:
-            write_private(self._directory / "status.json", json.dumps(value).encode())
+            write_private(self._directory / "status.json", json.dumps(value).encode(), durable=False)
         except OSError as error:
             log.warning("status cannot be written: %s", error.strerror)
 

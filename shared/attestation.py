@@ -125,6 +125,9 @@ def _base64(text: Any, what: str) -> bytes:
     if not isinstance(text, str):
         raise MalformedMessageError(f"{what}: base64 text expected")
     try:
-        return base64.b64decode(text, validate=True)
+        data = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
         raise MalformedMessageError(f"{what}: malformed base64") from error
+    if base64.b64encode(data).decode() != text:
+        raise MalformedMessageError(f"{what}: base64 with stray bits at its end")
+    return data

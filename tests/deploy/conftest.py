@@ -1,0 +1,8 @@
+"""Makes the small plan of the tests importable."""
+
+import sys
+from pathlib import Path
+
+TESTS = str(Path(__file__).parent.parent)
+if TESTS not in sys.path:
+    sys.path.insert(0, TESTS)
