@@ -58,6 +58,8 @@ class Demo:
     started: float = field(default_factory=time.monotonic)
     disturb: Callable[[LocalConsortium], None] = lambda _: None
     """Called while a run is under way; tests kill processes here."""
+    keep_alive: bool = True
+    """Start SuperNodes and agents that died again, as a service manager would."""
 
     @property
     def out(self) -> Path:
@@ -153,7 +155,7 @@ class Demo:
         with LocalConsortium(
             self.out / "flower",
             sites,
-            keep_alive=True,
+            keep_alive=self.keep_alive,
             progress=lambda words: self.console.print(f"  {words}"),
         ) as consortium:
             outcome = self._launch(consortium, "launch")

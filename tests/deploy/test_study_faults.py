@@ -69,3 +69,23 @@ def test_a_killed_process_does_not_stop_the_study(tmp_path: Path, kind: Kind) ->
         uploaded = {record.attempt for record in completed if entry.site_id in record.survivors}
         assert uploaded <= charged
     store.close()
+
+
+def test_five_hospitals_finish_without_one_that_dies_for_good(tmp_path: Path) -> None:
+    """n = 5, t = 4: the study completes; the gate then says whose ledger is missing."""
+    output = io.StringIO()
+    demo = Demo(
+        options=DemoOptions(out=tmp_path / "demo", rounds=4, sites=5, samples=8),
+        console=Console(file=output, width=120),
+        keep_alive=False,
+    )
+    killer = Killer(lambda: demo, "agent", 2)
+    demo.disturb = killer
+    code = demo.run()
+    assert killer.killed_at is not None, output.getvalue()
+    store = demo.store
+    assert store.completed_rounds() == 4, output.getvalue()
+    assert "hospital-a" not in store.attempts("audit")[-1].survivors
+    assert len(store.attempts("audit")[-1].survivors) == 4
+    store.close()
+    assert code == 40
