@@ -19,6 +19,7 @@ Where the agent is, the hospital says in ``--node-config``, never the message:
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,6 +43,8 @@ ACTION = "lacuna"
 
 RAW = "lacuna.raw"
 """``stype`` of an Array whose data are the blob's bytes as they are."""
+
+log = logging.getLogger("lacuna.courier")
 
 app = ClientApp()
 
@@ -117,4 +120,6 @@ def from_records(records: RecordDict) -> Envelope:
 
 
 def _refused(reason: str, error: LacunaError) -> Envelope:
-    return Envelope(kind="refused", body={"reason": reason, "message": error.diagnostics()})
+    """The reason alone goes back: the words name this hospital's paths, and stay in the courier's output."""
+    log.warning("%s: %s", reason, error.diagnostics())
+    return Envelope(kind="refused", body={"reason": reason, "message": ""})

@@ -91,17 +91,18 @@ class LatentCache:
         scans: Sequence[StoredScan],
         *,
         conditions: Sequence[str],
-        batch_size: int = 8,
         progress: Callable[[str, int, int], None] | None = None,
     ) -> list[PatientScans]:
-        """Latents of scans, grouped by patient; missing ones are encoded, in batches.
+        """Latents of scans, grouped by patient; missing ones are encoded, each alone.
+
+        Never in batches: kernels for batches of different sizes round differently, and then a patient's
+        latents, and all that is clipped or counted later, would depend on who else is in the store.
 
         Args:
             store: Where the scans are.
             scans: Which ones; for instance ``store.members(share)``.
             conditions: The plan's, in the plan's order; their positions become ``conditions_S``.
-            batch_size: Scans encoded at once; bounds the memory.
-            progress: Called as ("encoding", done, total) after each batch.
+            progress: Called as ("encoding", done, total) after each scan.
 
         Returns:
             One entry for each patient, ordered by patient key; scans within, by scan key.
@@ -112,13 +113,12 @@ class LatentCache:
         """
         latents = {scan.scan_key: z for scan in scans if (z := self._cached(scan)) is not None}
         missing = [scan for scan in scans if scan.scan_key not in latents]
-        for first in range(0, len(missing), batch_size):
-            batch = missing[first : first + batch_size]
-            for scan, z_CDHW in zip(batch, self._encode(store, batch), strict=True):
-                save_tensors(self._path(scan), {"z": z_CDHW}, {**self._facts, **_scan_facts(scan)})
-                latents[scan.scan_key] = z_CDHW
+        for done, scan in enumerate(missing, start=1):
+            z_CDHW = self._encode(store, scan)
+            save_tensors(self._path(scan), {"z": z_CDHW}, {**self._facts, **_scan_facts(scan)})
+            latents[scan.scan_key] = z_CDHW
             if progress is not None:
-                progress("encoding", first + len(batch), len(missing))
+                progress("encoding", done, len(missing))
         groups: dict[str, list[StoredScan]] = defaultdict(list)
         for scan in sorted(scans, key=lambda row: (row.patient_key, row.scan_key)):
             groups[scan.patient_key].append(scan)
@@ -154,17 +154,15 @@ class LatentCache:
             return None
         return z_CDHW
 
-    def _encode(self, store: SiteStore, scans: Sequence[StoredScan]) -> NDArray[np.float32]:
-        volumes = [store.read(scan) for scan in scans]
-        image_B1DHW = torch.from_numpy(np.stack([image for image, _ in volumes])[:, None]).to(self._device)
-        mask_BDHW = torch.from_numpy(np.stack([mask for _, mask in volumes]).astype(np.int64)).to(
-            self._device
-        )
+    def _encode(self, store: SiteStore, scan: StoredScan) -> NDArray[np.float32]:
+        image_DHW, mask_DHW = store.read(scan)
+        image_11DHW = torch.from_numpy(image_DHW)[None, None].to(self._device)
+        mask_1DHW = torch.from_numpy(mask_DHW.astype(np.int64))[None].to(self._device)
         with torch.no_grad():
-            z_BCDHW = self._autoencoder.encode(image_B1DHW, mask_BDHW).float().cpu().numpy()
-        if not np.isfinite(z_BCDHW).all():
+            z_CDHW = self._autoencoder.encode(image_11DHW, mask_1DHW)[0].float().cpu().numpy()
+        if not np.isfinite(z_CDHW).all():
             raise LatentError("the autoencoder gives latents that are not finite")
-        return np.ascontiguousarray(z_BCDHW)
+        return np.ascontiguousarray(z_CDHW)
 
 
 def weights_sha256(module: Encoder) -> str:

@@ -335,7 +335,7 @@ class SimulatedScans:
 
         self._demo = demo
         options = demo.options
-        self._patients = 60 if options.leaky else self.PATIENTS
+        self._patients = 45 if options.leaky else self.PATIENTS
         self.description = f"simulated, {self._patients} patients at each of {options.sites} hospitals"
         demo._step(f"Data: {self.description}")
         for index, name in enumerate(demo.names):
@@ -353,7 +353,16 @@ class SimulatedScans:
         declared = 10 * round(self._patients * self._demo.options.sites * 2 / 3 / 10)
         choices = ["--rare", self.rare, "--declared-patients", str(declared), "--simulated"]
         if self._demo.options.leaky:
-            choices += ["--mode", "unprotected", "--trainable", "all", "--rounds", "6", "--local-steps", "60"]
+            choices += [
+                "--mode",
+                "unprotected",
+                "--trainable",
+                "all",
+                "--rounds",
+                "5",
+                "--local-steps",
+                "110",
+            ]
         return choices
 
     def import_choices(self, name: str) -> list[str]:

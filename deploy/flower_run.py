@@ -31,7 +31,7 @@ def submit_study(study_id: str, *, flwr_home: Path, connection: str) -> str:
     study_home = CoordinatorHome.default().study(study_id)
     StudyStore(study_home).package()
     environment = {
-        **os.environ,
+        **{name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")},
         "FLWR_HOME": str(flwr_home),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",

@@ -62,6 +62,7 @@ def draft_plan(choices: PlanChoices, *, roster: RosterClause, public: Path) -> S
     Raises:
         CoordinatorError, UsageError: naming what is missing or contradictory.
     """
+    _check_choices(choices, n_sites=len(roster.sites))
     pair = read_pair(public)
     recipe = pair.recipe
     calibration = load_calibration(public)
@@ -143,6 +144,32 @@ def draft_plan(choices: PlanChoices, *, roster: RosterClause, public: Path) -> S
     )
     check_plan(plan)
     return plan
+
+
+def _check_choices(choices: PlanChoices, *, n_sites: int) -> None:
+    """Before anything is calibrated: a search for noise does not end for figures that make no sense."""
+    protected = choices.mode != "unprotected"
+    attempts, clip, rate = choices.max_attempts, choices.clip_norm, choices.server_learning_rate
+    threshold = choices.threshold or default_threshold(n_sites, choices.max_colluding)
+    for holds, clause in (
+        (not protected or (choices.epsilon is not None and 0 < choices.epsilon <= 100), "epsilon: 0 to 100"),
+        (0 < choices.delta < 1e-2, "delta: above 0 and below 0.01"),
+        (1 <= choices.rounds <= 100_000, "rounds: 1 to 100000"),
+        (choices.declared_patients >= 1, "declared_patients: at least 1"),
+        (attempts is None or attempts >= choices.rounds, "max_attempts: not smaller than rounds"),
+        (choices.local_steps >= 1, "local_steps: at least 1"),
+        (choices.mode != "distributed" or choices.local_steps == 1, "local_steps: 1 in mode distributed"),
+        (clip is None or 0 < clip <= 1e6, "clip_norm: above 0"),
+        (rate is None or 0 < rate <= 10, "server_learning_rate: above 0, at most 10"),
+        (0 <= choices.min_power <= 1, "min_power: 0 to 1"),
+        (choices.max_colluding >= 1, "max_colluding: at least 1"),
+        (
+            threshold <= n_sites < 2 * threshold - choices.max_colluding,
+            f"threshold: above (n + c)/2 and at most n, for n = {n_sites} and c = {choices.max_colluding}",
+        ),
+    ):
+        if not holds:
+            raise UsageError(f"these choices make no plan: {clause}")
 
 
 def _audit_share(epsilon: float | None, delta: float) -> float:

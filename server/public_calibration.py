@@ -149,6 +149,11 @@ def load_calibration(folder: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(value, dict) or value.get("format") != "lacuna/public-calibration/v1":
         raise CoordinatorError(f"{folder / CALIBRATION_FILE} is damaged")
+    missing = {"public_losses", "copy_distance", "false_copy_rate", "gradient_norms"} - set(value)
+    if missing:
+        raise CoordinatorError(
+            f"{folder / CALIBRATION_FILE} is damaged: it lacks {', '.join(sorted(missing))}"
+        )
     return value
 
 

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from privacy.audit.counts import CountsLayout
 from privacy.dp.execution_plan import check_plan
+from privacy.ledger_chain import LedgerHead
 from server.attempt import Attempt, AttemptAbortedError, AttemptTask
 from server.exchange import Exchanger, Pace
 from server.global_model import GlobalModel
@@ -231,9 +232,15 @@ class RoundDriver:
         )
 
     def _keep_receipts(self, attempt: Attempt) -> None:
-        """The newest signed ledger head of each site, for whoever checks ledgers later."""
-        known = self._read_json("receipts.json") or {"heads": {}}
-        self._write_json("receipts.json", {"heads": {**known["heads"], **attempt.ledger_heads}})
+        """The longest signed ledger head of each site, for whoever checks ledgers later.
+
+        Never replaced by a shorter one: that is how an old copy shows.
+        """
+        heads = (self._read_json("receipts.json") or {"heads": {}})["heads"]
+        for site, head in attempt.ledger_heads.items():
+            if site not in heads or LedgerHead.from_dict(head).length > heads[site]["length"]:
+                heads[site] = head
+        self._write_json("receipts.json", {"heads": heads})
 
     # model and verdicts
 

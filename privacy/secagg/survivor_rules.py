@@ -1,6 +1,9 @@
 """The conditions on a survivor set U, one function each (DESIGN section 6, rule 4).
 
-Each closes a way to lay a single site bare; the tests remove them one at a time and find the break.
+Each closes a way to lay a single site bare. While all of t confirmations, upload signatures and the other
+conditions stand, removing one alone breaks nothing, by argument: t confirmations from members of U imply it.
+The tests find the breaks that |U| >= t and U within P prevent once confirmations are not counted; for self
+in U a named test pins the refusal.
 """
 
 from __future__ import annotations

@@ -189,7 +189,8 @@ def _budget(e: GateEvidence) -> Result:
         reason = f"largest at {worst}; accountants: {reports[worst].pld:.4f}" + (
             f" and {second:.4f}" if second is not None else f", Renyi bound {reports[worst].rdp:.4f}"
         )
-    bound = f"<= {_words_epsilon(promised)} at delta {e.plan.privacy.delta:g}"
+    limit = "finite" if promised is None else f"<= {_words_epsilon(promised)}"
+    bound = f"{limit} at delta {e.plan.privacy.delta:g}"
     return not over, f"epsilon {_words_epsilon(value)}", bound, reason
 
 

@@ -71,9 +71,7 @@ def cache(
 def test_latents_are_those_of_the_scans_grouped_by_patient(store: SiteStore, tmp_path: Path) -> None:
     module = autoencoder()
     scans = store.scans()
-    patients = cache(tmp_path / "cache", module).patients(
-        store, scans, conditions=CLAUSE.conditions, batch_size=5
-    )
+    patients = cache(tmp_path / "cache", module).patients(store, scans, conditions=CLAUSE.conditions)
     assert sum(len(patient.conditions_S) for patient in patients) == len(scans) == module.encoded
     assert [patient.patient_key for patient in patients] == sorted({scan.patient_key for scan in scans})
     assert any(len(patient.conditions_S) > 1 for patient in patients)
@@ -154,3 +152,16 @@ def test_only_the_owner_can_look_and_no_patient_is_named(store: SiteStore, tmp_p
     assert stat.S_IMODE((tmp_path / "cache").stat().st_mode) == 0o700
     for path in (tmp_path / "cache").rglob("*.safetensors"):
         assert b"P0000" not in path.read_bytes() and "P0000" not in path.name
+
+
+def test_a_latent_depends_on_its_own_scan_alone(store: SiteStore, tmp_path: Path) -> None:
+    """To the last bit: what one patient contributes must not change with who else is in the store."""
+    module = autoencoder()
+    scans = store.scans()
+    together = cache(tmp_path / "all", module).patients(store, scans, conditions=CLAUSE.conditions)
+    for patient in together:
+        own = [scan for scan in scans if scan.patient_key == patient.patient_key]
+        (alone,) = cache(tmp_path / patient.patient_key, module).patients(
+            store, own, conditions=CLAUSE.conditions
+        )
+        assert torch.equal(alone.latents_SCDHW, patient.latents_SCDHW)
