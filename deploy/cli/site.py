@@ -98,6 +98,7 @@ def policy(changes: tuple[str, ...]) -> None:
     home = SiteHome.default()
     for change in changes:
         save_policy(home.policy().changed(change), home.policy_path)
+    home.policy()
     click.echo(home.policy_path.read_text(encoding="utf-8").rstrip())
 
 
