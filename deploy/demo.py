@@ -85,13 +85,17 @@ class Demo:
         coordinate("plan", "new", "--study", STUDY, *self._plan_choices(study.plan_choices))
         coordinate("plan", "sign", "--study", STUDY, "--out", str(self._exchange("plan")))
         self._step("Hospitals: import scans, approve the plan against their own policy")
+        plan_approvals: list[str] = []
         for name in self.names:
             if self.options.leaky:
                 self._lacuna(name, "site", "policy", "--set", "allow_unprotected=true")
             self._lacuna(
                 name, "site", "import", "--plan", str(self._exchange("plan")), *study.import_choices(name)
             )
-            self._lacuna(name, "site", "approve", str(self._exchange("plan")))
+            approval = str(self._exchange(f"{name}.plan-approval.json"))
+            self._lacuna(name, "site", "approve", str(self._exchange("plan")), "--out", approval)
+            plan_approvals.append(approval)
+        coordinate("plan", "collect", "--study", STUDY, *plan_approvals)
         self._step("Rounds: SuperLink, SuperNodes and agents start; the study runs as a Flower run")
         self._train()
         self._step("Gate")

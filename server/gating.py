@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from privacy.compliance.approval_check import check_plan_approval
 from privacy.compliance.approvals import approval_file_name
 from privacy.ledger_chain import LedgerHead
 from server.release.bundle import ReleasedBundle, ReleaseEvidence, write_bundle
@@ -12,7 +13,7 @@ from server.release.gate import GateDecision, GateInputs, evaluate_gate, sign_de
 from server.release.log import now_utc
 from server.study_store import StudyStore
 from shared.canonical import parse_json
-from shared.errors import CoordinatorError, PeerError
+from shared.errors import CoordinatorError, LacunaError, PeerError, RefusedError
 from shared.home import write_private
 from shared.identity import SigningKey
 from shared.plan_package import hash_file
@@ -41,6 +42,7 @@ def decide(store: StudyStore, key: SigningKey) -> GateDecision:
             candidate_sha256=hash_file(store.candidate_path),
             autoencoder_sha256=hash_file(package.autoencoder),
             attempts=store.attempts(),
+            plan_approvals=_by_site(store.plan_approvals) or None,
             seen_heads=_seen_heads(store),
         )
     )
@@ -54,6 +56,27 @@ def keep_approval(store: StudyStore, data: bytes) -> Path:
     store.approvals.mkdir(exist_ok=True, mode=0o700)
     write_private(path, data)
     return path
+
+
+def keep_plan_approval(store: StudyStore, data: bytes) -> str:
+    """Check which site approved the signed plan, and keep its approval. Returns the site's id.
+
+    Raises:
+        RefusedError: it is no approval of this plan by a site of its roster.
+    """
+    plan = store.package().plan
+    for entry in plan.roster.sites:
+        try:
+            check_plan_approval(data, plan=plan, site_id=entry.site_id)
+        except LacunaError:
+            continue
+        store.plan_approvals.mkdir(exist_ok=True, mode=0o700)
+        write_private(store.plan_approvals / f"{entry.site_id}.dsse.json", data)
+        return entry.site_id
+    raise RefusedError(
+        f"this is no approval of the signed plan of study {plan.study_id!r} by one of its sites",
+        remedy="ask the site for the file that `lacuna site approve PLAN --out FILE` wrote",
+    )
 
 
 def release(store: StudyStore, key: SigningKey, *, license_text: str | None = None) -> ReleasedBundle:
@@ -71,6 +94,7 @@ def release(store: StudyStore, key: SigningKey, *, license_text: str | None = No
             verdicts=_by_site(store.evidence / "verdicts"),
             decision=store.decision_path.read_bytes(),
             approvals=approvals,
+            plan_approvals=_by_site(store.plan_approvals),
         ),
         autoencoder=package.autoencoder,
         candidate=store.candidate_path,

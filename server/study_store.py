@@ -97,6 +97,10 @@ class StudyStore:
         return self.root / "gate-decision.dsse.json"
 
     @property
+    def plan_approvals(self) -> Path:
+        return self.root / "plan-approvals"
+
+    @property
     def approvals(self) -> Path:
         return self.root / "approvals"
 

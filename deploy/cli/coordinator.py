@@ -236,6 +236,21 @@ def plan_sign(study_id: str, out: Path | None) -> None:
         click.echo(f"package for the sites: {out}")
 
 
+@plan_group.command("collect")
+@study_option
+@click.argument("approvals", nargs=-1, required=True, type=PathType, metavar="APPROVAL...")
+def plan_collect(study_id: str, approvals: tuple[Path, ...]) -> None:
+    """Keep the sites' signed approvals of the plan; the release bundle carries them."""
+    from server.coordinator_home import CoordinatorHome
+    from server.gating import keep_plan_approval
+    from server.study_store import StudyStore
+
+    store = StudyStore(CoordinatorHome.default().study(study_id))
+    for path in approvals:
+        site_id = keep_plan_approval(store, read_input(path, what="plan approval"))
+        click.echo(f"{site_id} approved the plan")
+
+
 @command.command("launch")
 @study_option
 @click.option(

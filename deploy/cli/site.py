@@ -24,6 +24,7 @@ from deploy.cli.output import (
 from shared.errors import RefusedError, SiteError, UsageError
 from shared.home import private_directory
 from shared.plan_package import PACKAGE_FILES, open_plan_package
+from shared.study_plan import StudyPlan
 
 PathType = click.Path(path_type=Path)
 study_argument = click.argument("study", required=False)
@@ -174,16 +175,29 @@ def import_scans(
 
 @command.command("approve")
 @click.argument("plan_root", metavar="PLAN", type=PathType)
-def approve(plan_root: Path) -> None:
+@click.option("--out", type=PathType, help="Signed approval, a file for the coordinator.")
+def approve(plan_root: Path, out: Path | None) -> None:
     """Approve a plan package, if every clause of this site's policy holds."""
+    from privacy.compliance.approvals import approve_plan
     from privacy.dp.execution_plan import check_plan
 
     home = SiteHome.default()
-    package = open_plan_package(plan_root)
-    plan = package.plan
-    home.policy().check(plan, own_site=home.site_id, own_key=home.identity().verify_key)
+    plan = open_plan_package(plan_root).plan
+    key = home.identity()
+    home.policy().check(plan, own_site=home.site_id, own_key=key.verify_key)
     check_plan(plan)
-    target = private_directory(home.study(plan.study_id)) / "plan"
+    _keep_plan(plan_root, plan, private_directory(home.study(plan.study_id)) / "plan")
+    epsilon = "infinite" if plan.privacy.epsilon is None else f"{plan.privacy.epsilon:g}"
+    click.echo(
+        f"approved plan {plan.study_id} ({plan.digest().hex()[:16]}): mode {plan.privacy.mode}, "
+        f"epsilon {epsilon} at delta {plan.privacy.delta:g} per patient, {plan.privacy.rounds} rounds"
+    )
+    if out is not None:
+        write_output(out, approve_plan(plan, key=key, site_id=home.site_id), what="plan approval")
+
+
+def _keep_plan(plan_root: Path, plan: StudyPlan, target: Path) -> None:
+    """Copy the package to where the agent reads it, once; another plan of the study is refused."""
     if target.exists():
         if open_plan_package(target).plan.digest() == plan.digest():
             click.echo(f"plan {plan.study_id} was approved already")
@@ -200,11 +214,6 @@ def approve(plan_root: Path) -> None:
     if open_plan_package(part).plan != plan:
         raise RefusedError(f"{plan_root} changed while it was being approved")
     part.rename(target)
-    epsilon = "infinite" if plan.privacy.epsilon is None else f"{plan.privacy.epsilon:g}"
-    click.echo(
-        f"approved plan {plan.study_id} ({plan.digest().hex()[:16]}): mode {plan.privacy.mode}, "
-        f"epsilon {epsilon} at delta {plan.privacy.delta:g} per patient, {plan.privacy.rounds} rounds"
-    )
 
 
 @command.command("serve")
