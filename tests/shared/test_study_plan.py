@@ -73,7 +73,9 @@ WRONG: list[tuple[str, Any, str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("path", "value", "named"), WRONG, ids=[f"{p}={str(v)[:20]!r}" for p, v, _ in WRONG])
+@pytest.mark.parametrize(
+    ("path", "value", "named"), WRONG, ids=[f"{n}-{p}" for n, (p, _, _) in enumerate(WRONG)]
+)
 def test_each_wrong_clause_is_named(path: str, value: Any, named: str) -> None:
     parse_plan(DOCUMENT, what="it")
     with pytest.raises(InvalidPlanError, match=r"draft\.toml is not a valid study plan") as caught:
