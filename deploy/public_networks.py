@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from client.ingest.decathlon import DecathlonFolder
+from client.ingest.decathlon import DecathlonFolder, read_patient_list
 from client.ingest.nifti import NiftiFolder
 from client.ingest.quality import CheckedScan, check_scan
 from server.pretrain import PublicVolume, default_recipe, held_out_patients, pretrain, public_phantoms
@@ -102,8 +102,7 @@ def read_public(
             raise UsageError("--decathlon needs --patients")
         chosen = None
         if source.only is not None:
-            lines = source.only.read_text(encoding="utf-8").splitlines()
-            chosen = frozenset(line.strip() for line in lines if line.strip())
+            chosen = read_patient_list(source.only)
         listing = DecathlonFolder(
             path=source.decathlon,
             patients_csv=source.patients,

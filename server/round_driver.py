@@ -129,8 +129,10 @@ class RoundDriver:
         round_number = self._model.round + 1 + ahead
         if round_number <= privacy.rounds and charged < privacy.max_attempts:
             return AttemptTask(round=round_number, purpose="train", vector_length=self._plan.model.dimension)
-        if ahead and self._model.round + 1 > privacy.rounds:
-            return None
+        if ahead:
+            current = self._next_task(ahead=0)
+            if current is None or current.purpose == "audit":
+                return None
         if self._audit_completed() or self._store.charged_attempts("audit") >= privacy.max_audit_attempts:
             return None
         length = CountsLayout.from_plan(self._plan).length
@@ -327,7 +329,8 @@ def run_study(
     """What the ServerApp calls: drive the study in ``study_home`` over a transport."""
     store = StudyStore(Path(study_home))
     try:
-        return RoundDriver(transport, store, run_id=run_id, pace=pace).run()
+        with store.exclusively():
+            return RoundDriver(transport, store, run_id=run_id, pace=pace).run()
     except Exception as error:
         with suppress(LacunaError):
             store.record_event("run_failed", reason=str(error)[:500])

@@ -12,6 +12,8 @@ from shared.errors import LacunaError
 from shared.study_plan import StudyPlan
 from shared.wire import Envelope
 
+MAX_PLAUSIBLE_ATTEMPT = 1_000_000
+
 
 class SiteDirectory:
     """Sites of the roster and the nodes where their agents answered.
@@ -88,6 +90,9 @@ class SiteDirectory:
             answer = HelloReply.from_envelope(envelope)
             answer.verify(hello, self._plan.site(answer.site_id).verify_key)
         except LacunaError:
+            return
+        if answer.last_attempt > MAX_PLAUSIBLE_ATTEMPT:
+            # Numbers only grow: a site that claims the largest one would end the study for everybody.
             return
         self._node_of[answer.site_id] = node
         self.last_attempt = max(self.last_attempt, answer.last_attempt)

@@ -7,7 +7,9 @@ number never goes back, whatever died.
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -259,6 +261,31 @@ class StudyStore:
             return tuple(str(site) for site in audit["survivors"])
         except (OSError, MalformedMessageError, KeyError, TypeError):
             return None
+
+    @contextmanager
+    def exclusively(self, *, wait_s: float = 60.0) -> Iterator[None]:
+        """Hold the study for one run: two drivers would open attempts against one another.
+
+        Raises:
+            CoordinatorError: another process still drives the study after ``wait_s``.
+        """
+        deadline = time.monotonic() + wait_s
+        descriptor = os.open(self.root / ".driver.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            while True:
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except OSError as error:
+                    if time.monotonic() >= deadline:
+                        raise CoordinatorError(
+                            f"another run still drives study {self.root.name!r}",
+                            remedy="wait until it ends, or stop it with `flwr stop`",
+                        ) from error
+                    time.sleep(0.2)
+            yield
+        finally:
+            os.close(descriptor)
 
     # events
 

@@ -152,6 +152,15 @@ def patient_ids(patients_csv: Path) -> list[str]:
     return sorted({value.strip() for value in _read_patients(patients_csv)["patient_id"] if value.strip()})
 
 
+def read_patient_list(path: Path) -> frozenset[str]:
+    """One patient id a line. Raises UsageError."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"list of patients {path} cannot be read as text: {error}") from error
+    return frozenset(line.strip() for line in lines if line.strip())
+
+
 def mask_volume_mm3(path: Path) -> float:
     """Volume of all labels of a mask, in cubic millimetres. Raises VolumeFileError."""
     mask = read_volume(path)

@@ -123,7 +123,7 @@ def import_scans(
     as_json: bool,
 ) -> None:
     """Check scans and bring them into this site's store. Repeat it to continue after an interruption."""
-    from client.ingest.decathlon import DecathlonFolder
+    from client.ingest.decathlon import DecathlonFolder, read_patient_list
     from client.ingest.nifti import NiftiFolder
     from client.patient_dataset import SiteStore
     from client.patient_dataset import import_scans as run_import
@@ -142,10 +142,7 @@ def import_scans(
         assert decathlon is not None
         if patients is None:
             raise UsageError("--decathlon needs --patients: the layout itself does not name patients")
-        chosen = None
-        if only is not None:
-            text = read_input(only, what="list of patients").decode("utf-8")
-            chosen = frozenset(line.strip() for line in text.splitlines() if line.strip())
+        chosen = None if only is None else read_patient_list(only)
         source = DecathlonFolder(
             path=decathlon, patients_csv=patients, patient_ids=chosen, volume_cut_mm3=volume_cut
         )

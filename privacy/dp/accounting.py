@@ -177,7 +177,9 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
 
 
 def gaussian_mu(epsilon: float, delta: float) -> float:
-    """Largest mu with ``gaussian_delta(epsilon, mu) <= delta``."""
+    """Largest mu with ``gaussian_delta(epsilon, mu) <= delta``. Raises UsageError: delta is not in (0, 1)."""
+    if not 0 < delta < 1:
+        raise UsageError(f"delta {delta:g} is not between 0 and 1")
     high = 1.0
     while gaussian_delta(epsilon, high) <= delta:
         high *= 2.0
