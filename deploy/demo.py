@@ -46,7 +46,8 @@ class DemoOptions:
     rounds: int | None = None
     epsilon: float = 8.0
     leaky: bool = False
-    samples: int = 240
+    samples: int | None = None
+    """Samples of each generator that are compared; by default as many as are quick for the networks."""
 
 
 @dataclass(kw_only=True)
@@ -217,7 +218,7 @@ class Demo:
         self._lacuna(
             "coordinator", "coordinator", "compare", "--study", STUDY, "--condition", study.rare,
             *[part for label in study.measured for part in ("--label", label)],
-            "--count", str(self.options.samples), "--sheet", str(self.out / "prior-and-release.png"),
+            "--count", str(self.options.samples or study.samples), "--sheet", str(self.out / "prior-and-release.png"),
         )  # fmt: skip
 
     def _summary(self, study: Scans, *, released: bool) -> None:
@@ -317,6 +318,7 @@ class Scans(Protocol):
 
     rare: str
     measured: tuple[str, ...]
+    samples: int
     description: str
 
     def pretrain(self) -> None: ...
@@ -330,6 +332,7 @@ class SimulatedScans:
 
     rare = "rare"
     measured: tuple[str, ...] = ("lesion",)
+    samples = 240
     PATIENTS = 84
     FRACTIONS = {"common": 0.5, "rare": 0.5}  # noqa: RUF012
 
@@ -378,6 +381,7 @@ class DecathlonScans:
 
     rare = "small"
     measured: tuple[str, ...] = ("anterior", "posterior")
+    samples = 40
     PUBLIC_PATIENTS = 30
     SPLIT_SEED = 1
 
@@ -427,7 +431,7 @@ class DecathlonScans:
         self._demo._lacuna(
             "coordinator", "coordinator", "pretrain", "--study", STUDY, "--preset", "tiny",
             *self._source("public"), "--conditions", "normal,small", "--labels", "anterior,posterior",
-            "--autoencoder-steps", "900", "--prior-steps", "700",
+            "--autoencoder-steps", "800", "--prior-steps", "600",
         )  # fmt: skip
 
     @property
