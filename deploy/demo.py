@@ -218,7 +218,8 @@ class Demo:
         self._lacuna(
             "coordinator", "coordinator", "compare", "--study", STUDY, "--condition", study.rare,
             *[part for label in study.measured for part in ("--label", label)],
-            "--count", str(self.options.samples or study.samples), "--sheet", str(self.out / "prior-and-release.png"),
+            "--count", str(self.options.samples or study.samples),
+            "--sheet", str(self.out / "prior-and-release.png"),
         )  # fmt: skip
 
     def _summary(self, study: Scans, *, released: bool) -> None:
