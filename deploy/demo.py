@@ -27,7 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from deploy.local_consortium import LocalConsortium, RunOutcome, SiteProcess
 from server.study_store import StudyStore
-from shared.errors import CoordinatorError, LacunaError, UsageError
+from shared.errors import CoordinatorError, LacunaError, SiteError, UsageError
 
 STUDY = "demo"
 RUN_TIMEOUT_S = 3600.0
@@ -226,7 +226,10 @@ class Demo:
         self._step("What each hospital sees at home")
         for name in self.names:
             self._lacuna(name, "site", "budget")
-            self._lacuna(name, "site", "audit")
+            try:
+                self._lacuna(name, "site", "audit")
+            except SiteError as error:
+                self.console.print(f"  {error.message}", soft_wrap=True)
         ledgers = self.out / "ledgers"
         shutil.copytree(self.store.evidence / "ledgers", ledgers)
         self._step("Where everything is")
