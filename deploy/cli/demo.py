@@ -20,7 +20,7 @@ PathType = click.Path(path_type=Path)
 )
 @click.option("--patients", type=PathType, help="With --data: table of patients (CSV).")
 @click.option("--sites", type=click.IntRange(3, 10), default=3, show_default=True)
-@click.option("--rounds", type=click.IntRange(min=1), help="Default: 30, on real scans 20, leaky 5.")
+@click.option("--rounds", type=click.IntRange(min=1), help="Default: 22, on real scans 20, leaky 5.")
 @click.option("--epsilon", type=click.FloatRange(min=0, min_open=True), default=8.0, show_default=True)
 @click.option("--leaky", is_flag=True, help="No protection at all, on simulated scans: the gate must refuse.")
 def command(
