@@ -364,7 +364,8 @@ class SimulatedScans:
         declared = 10 * round(self._patients * self._demo.options.sites * 2 / 3 / 10)
         choices = ["--rare", self.rare, "--declared-patients", str(declared), "--simulated"]
         if self._demo.options.leaky:
-            choices += [
+            return [
+                *choices,
                 "--mode",
                 "unprotected",
                 "--trainable",
@@ -374,7 +375,7 @@ class SimulatedScans:
                 "--local-steps",
                 "110",
             ]
-        return choices
+        return [*choices, "--rounds", "22"]
 
     def import_choices(self, name: str) -> list[str]:
         return ["--nifti", str(self._demo.out / "data" / name)]
