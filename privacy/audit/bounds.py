@@ -19,8 +19,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import optimize, stats
+from scipy import stats
 
+from privacy.dp.accounting import gaussian_mu
 from shared.errors import UsageError
 
 FloatArray = NDArray[np.float64]
@@ -61,25 +62,6 @@ def smallest_n_for_rate(rate: float, *, error: float = 0.05) -> int:
     return math.ceil(math.log(error) / math.log1p(-rate))
 
 
-def gaussian_delta(mu: float, epsilon: float) -> float:
-    """delta(epsilon) of a mu-GDP mechanism [4]; computed so that small values keep their digits."""
-    if mu <= 0:
-        return 0.0
-    first = stats.norm.logsf(epsilon / mu - mu / 2)
-    second = epsilon + stats.norm.logsf(epsilon / mu + mu / 2)
-    return float(math.exp(first) * -math.expm1(min(second - first, 0.0)))
-
-
-def gaussian_mu(epsilon: float, delta: float) -> float:
-    """The mu whose Gaussian mechanism has exactly (epsilon, delta); inverse of :func:`gaussian_delta`."""
-    if epsilon <= 0 or not 0 < delta < 1:
-        raise UsageError(f"epsilon {epsilon} and delta {delta}: epsilon > 0 and 0 < delta < 1 are needed")
-    high = 1.0
-    while gaussian_delta(high, epsilon) < delta:
-        high *= 2.0
-    return float(optimize.brentq(lambda mu: gaussian_delta(mu, epsilon) - delta, 1e-9, high, xtol=1e-12))
-
-
 def gaussian_auc_ceiling(epsilon: float | None, delta: float) -> float:
     """Largest AUC of any membership attack on a Gaussian mechanism with (epsilon, delta).
 
@@ -88,6 +70,8 @@ def gaussian_auc_ceiling(epsilon: float | None, delta: float) -> float:
     """
     if epsilon is None:
         return 1.0
+    if epsilon <= 0 or not 0 < delta < 1:
+        raise UsageError(f"epsilon {epsilon} and delta {delta}: epsilon > 0 and 0 < delta < 1 are needed")
     return float(stats.norm.cdf(gaussian_mu(epsilon, delta) / math.sqrt(2.0)))
 
 

@@ -12,12 +12,11 @@ from privacy.audit.bounds import (
     clopper_pearson,
     epsilon_lower_bound,
     gaussian_auc_ceiling,
-    gaussian_delta,
-    gaussian_mu,
     gaussian_trade_off,
     mann_whitney_p_value,
     smallest_n_for_rate,
 )
+from privacy.dp.accounting import gaussian_delta, gaussian_mu
 from shared.errors import UsageError
 
 
@@ -35,10 +34,10 @@ def test_without_a_budget_there_is_no_ceiling() -> None:
 def test_mu_inverts_delta_and_agrees_with_the_textbook_formula() -> None:
     mu = gaussian_mu(8.0, 1e-5)
     assert mu == pytest.approx(1.666, abs=1e-3)
-    assert gaussian_delta(mu, 8.0) == pytest.approx(1e-5, rel=1e-6)
+    assert gaussian_delta(8.0, mu) == pytest.approx(1e-5, rel=1e-6)
     direct = stats.norm.cdf(-8 / mu + mu / 2) - np.exp(8) * stats.norm.cdf(-8 / mu - mu / 2)
-    assert gaussian_delta(mu, 8.0) == pytest.approx(direct, rel=1e-6)
-    assert gaussian_delta(0.05, 8.0) >= 0.0
+    assert gaussian_delta(8.0, mu) == pytest.approx(direct, rel=1e-6)
+    assert gaussian_delta(8.0, 0.05) >= 0.0
 
 
 def test_trade_off_curve_has_the_ceiling_as_its_area() -> None:
