@@ -28,7 +28,8 @@ from privacy.audit.verdict import PlantedLeak
 from privacy.audit.verdict_statement import make_verdict_statement, sign_verdict
 from privacy.dp.execution_plan import ExecutionPlan
 from privacy.ledger import Budget, Charge, Ledger, RepeatedAttemptError
-from privacy.ledger_chain import LedgerHead, export_statement
+from privacy.ledger_chain import export_statement
+from privacy.ledger_continuity import LedgerContinuity, LedgerNotLinkedError
 from privacy.secagg.messages import (
     AdvertiseRequest,
     ConfirmRequest,
@@ -145,6 +146,12 @@ class SiteAgent:
             entropy=entropy,
             last_attempt=ledger.last_registered_attempt(self._plan.study_id) or 0,
         )
+        self._continuity = LedgerContinuity(
+            ledger,
+            site_id=self._site_id,
+            key=key,
+            peers={entry.site_id: entry.verify_key for entry in self._plan.roster.sites},
+        )
         self._say("serving", round=0)
 
     def handle(self, envelope: Envelope, peer: object = None) -> Envelope:
@@ -203,9 +210,10 @@ class SiteAgent:
         match part.kind:
             case AdvertiseRequest.KIND:
                 request = AdvertiseRequest.from_envelope(part)
-                return self._secagg.advertise(request, self._ledger.head().to_dict()).to_envelope()
+                return self._secagg.advertise(request, self._continuity.show).to_envelope()
             case ShareRequest.KIND:
-                return self._share(ShareRequest.from_envelope(part))
+                asked = ShareRequest.from_envelope(part)
+                return self._secagg.share(asked, self._continuity.accept).to_envelope()
             case UploadRequest.KIND:
                 return self._upload(UploadRequest.from_envelope(part), work)
             case ConfirmRequest.KIND:
@@ -213,18 +221,6 @@ class SiteAgent:
             case UnmaskRequest.KIND:
                 return self._secagg.unmask(UnmaskRequest.from_envelope(part)).to_envelope()
         raise RequestRefusedError("unknown_request", f"no part of kind {part.kind!r} is served")
-
-    def _share(self, request: ShareRequest) -> Envelope:
-        reply = self._secagg.share(request)
-        heads = self._secagg.peer_heads(request.attempt.attempt)
-        self._ledger.record_peer_heads(
-            {
-                site_id: (LedgerHead.from_dict(head), self._plan.site(site_id).verify_key)
-                for site_id, head in heads.items()
-                if site_id != self._site_id
-            }
-        )
-        return reply.to_envelope()
 
     def _upload(self, request: UploadRequest, work: Work | None) -> Envelope:
         if work is None:
@@ -314,6 +310,11 @@ def _what_to_tell(error: Exception) -> tuple[str, str]:
         return error.reason, error.message
     if isinstance(error, MalformedMessageError):
         return "malformed", "the message does not parse"
+    if isinstance(error, LedgerNotLinkedError):
+        return (
+            "ledger_not_linked",
+            "another site's ledger is further than this site can follow in one attempt",
+        )
     if isinstance(error, PeerError):
         return "peer_misbehaved", "what another site signed does not verify, or its ledger went back"
     if isinstance(error, RepeatedAttemptError):

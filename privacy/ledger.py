@@ -9,8 +9,8 @@ Two files. The database, and a **witness** outside the reach of the database's b
 written after every append. A database shorter than its witness is an old copy, and the ledger does not
 open; nor does it open without a witness. A crash between the two writes leaves the database one entry
 ahead; that is accepted. What one machine cannot notice (both files restored from the same old copy) its
-peers can: they keep the heads that they saw, see :meth:`Ledger.record_peer_heads` and
-:meth:`Ledger.check_own_head`.
+peers can: they keep the heads that they saw and check that later ones continue them, and they show a site
+which of its own heads they saw, see :mod:`privacy.ledger_continuity`.
 
 One process at a time may open a ledger for writing; reading is always possible, see :func:`read_ledger`.
 
@@ -36,6 +36,7 @@ from privacy.ledger_chain import (
     CHARGE,
     GENESIS_HASH,
     OPENED,
+    SALT_BYTES,
     LedgerEntry,
     LedgerHead,
     check_chain,
@@ -396,7 +397,9 @@ class Ledger:
         self._require_usable()
         last = self._entries[-1]
         entry = LedgerEntry.chain(
-            last, ledger_id=self.ledger_id, body={**body, "time": self._clock().isoformat()}
+            last,
+            ledger_id=self.ledger_id,
+            body={**body, "time": self._clock().isoformat(), "salt": os.urandom(SALT_BYTES).hex()},
         )
         data = canonical_json(entry.body)
         if len(data) > _MAX_BODY_BYTES:
@@ -523,7 +526,12 @@ def _check_charge(charge: Charge) -> None:
 
 def _create(connection: sqlite3.Connection, path: Path, key: SigningKey, clock: Clock) -> None:
     path.chmod(0o600)
-    first = LedgerEntry.genesis(ledger_id=os.urandom(16).hex(), key=key.verify_key, time=clock().isoformat())
+    first = LedgerEntry.genesis(
+        ledger_id=os.urandom(16).hex(),
+        key=key.verify_key,
+        time=clock().isoformat(),
+        salt=os.urandom(SALT_BYTES),
+    )
     connection.executescript("BEGIN EXCLUSIVE;" + _SCHEMA)
     connection.execute(
         "INSERT INTO entries VALUES (1, ?, ?, ?)",

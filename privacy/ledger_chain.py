@@ -1,15 +1,18 @@
 """The ledger's chain, its signed heads and its exports: pure, without files.
 
-Each entry's hash covers the ledger's id, the entry's number, the hash of the entry before and the canonical
-JSON of its body, so that a changed, removed, reordered or transplanted entry breaks the chain at a place that
-can be named. Only the site can sign heads and exports; only somebody who has seen an earlier head can tell
-that a site shows an old or a rewritten ledger.
+Each entry's hash covers the ledger's id, the entry's number, the hash of the entry before and the digest of
+its body's canonical JSON, so that a changed, removed, reordered or transplanted entry breaks the chain at a
+place that can be named. Bodies hold 16 random bytes: a body's digest can be shown to others, who then check
+that one head continues another (:mod:`privacy.ledger_continuity`), and tells them nothing about the body.
+Only the site can sign heads and exports; only somebody who has seen an earlier head can tell that a site
+shows an old or a rewritten ledger.
 """
 
 from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -24,9 +27,13 @@ OPENED = "opened"
 CHARGE = "charge"
 ATTEMPT = "attempt"
 
+FORMAT = "lacuna/ledger/v2"
+"""Stands in the first entry. Version 1 had no salt in its bodies and hashed them without a digest between."""
+SALT_BYTES = 16
 GENESIS_HASH = bytes(DIGEST_BYTES)
 PREDICATE_TYPE = "ledger/v1"
-_ENTRY_DOMAIN = "lacuna/ledger-entry/v1"
+_BODY_DOMAIN = "lacuna/ledger-body/v2"
+_ENTRY_DOMAIN = "lacuna/ledger-entry/v2"
 _HEAD_DOMAIN = "lacuna/ledger-head/v1"
 
 Fault = Literal["malformed", "forged", "changed", "removed", "reordered", "truncated", "rewritten"]
@@ -51,21 +58,28 @@ class LedgerEntry:
     entry_hash: bytes
 
     @classmethod
-    def genesis(cls, *, ledger_id: str, key: VerifyKey, time: str) -> LedgerEntry:
-        """The first entry: names the ledger and the key that signs for it."""
-        body = {"kind": OPENED, "ledger_id": ledger_id, "site_key": key.hex(), "time": time}
+    def genesis(cls, *, ledger_id: str, key: VerifyKey, time: str, salt: bytes) -> LedgerEntry:
+        """The first entry: names the ledger and the key that signs for it. ``salt``: 16 random bytes."""
+        body = {
+            "kind": OPENED,
+            "format": FORMAT,
+            "ledger_id": ledger_id,
+            "site_key": key.hex(),
+            "time": time,
+            "salt": salt.hex(),
+        }
         return cls(
             sequence=1, body=body, previous_hash=GENESIS_HASH,
-            entry_hash=_entry_hash(ledger_id, 1, GENESIS_HASH, body),
+            entry_hash=chain_hash(ledger_id, 1, GENESIS_HASH, body_digest(body)),
         )  # fmt: skip
 
     @classmethod
     def chain(cls, previous: LedgerEntry, *, ledger_id: str, body: dict[str, Any]) -> LedgerEntry:
-        """The entry after ``previous``."""
+        """The entry after ``previous``. The body has a ``salt`` of 16 random bytes in hex."""
         sequence = previous.sequence + 1
         return cls(
             sequence=sequence, body=body, previous_hash=previous.entry_hash,
-            entry_hash=_entry_hash(ledger_id, sequence, previous.entry_hash, body),
+            entry_hash=chain_hash(ledger_id, sequence, previous.entry_hash, body_digest(body)),
         )  # fmt: skip
 
     @property
@@ -189,6 +203,8 @@ def check_chain(entries: Sequence[LedgerEntry], *, key: VerifyKey) -> str:
     ledger_id = first.get("ledger_id")
     if first.get("kind") != OPENED and entries[0].sequence == 1:
         raise LedgerTamperedError("changed", "entry 1 does not open a ledger", sequence=1)
+    if first.get("kind") == OPENED and first.get("format") != FORMAT:
+        raise LedgerTamperedError("changed", f"entry 1 does not open a ledger of {FORMAT}", sequence=1)
     previous_hash = GENESIS_HASH
     for expected, entry in enumerate(entries, start=1):
         _check_entry(entries, entry, expected, previous_hash, str(ledger_id))
@@ -208,7 +224,9 @@ def _check_entry(
         )
     if not isinstance(entry.body.get("kind"), str) or (entry.kind == OPENED) != (expected == 1):
         raise LedgerTamperedError("changed", f"entry {expected} has no proper kind", sequence=expected)
-    if entry.entry_hash != _entry_hash(ledger_id, expected, entry.previous_hash, entry.body):
+    if not _is_salt(entry.body.get("salt")):
+        raise LedgerTamperedError("changed", f"entry {expected} has no proper salt", sequence=expected)
+    if entry.entry_hash != chain_hash(ledger_id, expected, entry.previous_hash, body_digest(entry.body)):
         raise LedgerTamperedError("changed", f"entry {expected} does not have its hash", sequence=expected)
     if entry.previous_hash != previous_hash:
         raise LedgerTamperedError(
@@ -319,17 +337,21 @@ def _check_charges(entries: Iterable[LedgerEntry]) -> None:
         seen.add(attempt)
 
 
-def _entry_hash(ledger_id: str, sequence: int, previous_hash: bytes, body: dict[str, Any]) -> bytes:
+def body_digest(body: dict[str, Any]) -> bytes:
+    """32 bytes for an entry's body; hides the body from whoever does not know its salt."""
+    return digest(_BODY_DOMAIN, canonical_json(body))
+
+
+def chain_hash(ledger_id: str, sequence: int, previous_hash: bytes, body: bytes) -> bytes:
+    """An entry's hash (32 bytes) from the hash before it and the digest of its body."""
     try:
-        return digest(
-            _ENTRY_DOMAIN,
-            ledger_id.encode(),
-            sequence.to_bytes(8, "big"),
-            previous_hash,
-            canonical_json(body),
-        )
+        return digest(_ENTRY_DOMAIN, ledger_id.encode(), sequence.to_bytes(8, "big"), previous_hash, body)
     except OverflowError as error:
         raise MalformedMessageError("a ledger entry's number is out of range") from error
+
+
+def _is_salt(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(f"[0-9a-f]{{{2 * SALT_BYTES}}}", value) is not None
 
 
 def _head_parts(ledger_id: str, length: int, entry_hash: bytes) -> tuple[bytes, bytes, bytes]:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from privacy.audit.counts import CountsLayout
 from privacy.dp.execution_plan import check_plan
-from privacy.ledger_chain import LedgerHead
+from privacy.ledger_continuity import ShownLedger
 from server.attempt import Attempt, AttemptAbortedError, AttemptTask
 from server.exchange import Exchanger, Pace
 from server.global_model import GlobalModel
@@ -31,7 +31,7 @@ from server.transport import Transport
 from shared.agent_messages import VERDICT_REPLY, VerdictRequest
 from shared.attestation import open_statement
 from shared.canonical import canonical_json, parse_json
-from shared.errors import CoordinatorError, LacunaError, MalformedMessageError
+from shared.errors import CoordinatorError, LacunaError, MalformedMessageError, PeerError
 from shared.home import write_private
 from shared.model.candidate import load_prior, write_candidate
 from shared.model.denoiser import flatten
@@ -239,9 +239,15 @@ class RoundDriver:
         Never replaced by a shorter one: that is how an old copy shows.
         """
         heads = (self._read_json("receipts.json") or {"heads": {}})["heads"]
-        for site, head in attempt.ledger_heads.items():
-            if site not in heads or LedgerHead.from_dict(head).length > heads[site]["length"]:
-                heads[site] = head
+        for site, shown in attempt.ledger_heads.items():
+            try:
+                head = ShownLedger.from_dict(shown).head
+                head.verify(self._plan.site(site).verify_key)
+            except PeerError as error:
+                self._event("receipt_refused", site=site, reason=error.message)
+                continue
+            if site not in heads or head.length > heads[site]["length"]:
+                heads[site] = head.to_dict()
         self._write_json("receipts.json", {"heads": heads})
 
     # model and verdicts

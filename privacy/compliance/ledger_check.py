@@ -1,8 +1,9 @@
 """The officer's own reading of a site's ledger export: signature, chain, charges.
 
 Apart from :mod:`privacy.ledger_chain`, which writes them: the chain's hashes are recomputed here from the
-definition (SHA-256 over length-prefixed domain, ledger id, number, previous hash, canonical body). Where an
-export does not verify, the first entry that is forged, changed, removed, repeated or out of order is named.
+definition (SHA-256 over length-prefixed domain, ledger id, number, previous hash, and the SHA-256 of the
+canonical body under a domain of its own). Where an export does not verify, the first entry that is forged,
+changed, removed, repeated or out of order is named.
 """
 
 from __future__ import annotations
@@ -22,9 +23,13 @@ from privacy.compliance.dsse import (
 )
 
 LEDGER_PREDICATE = "ledger/v1"
-ENTRY_DOMAIN = "lacuna/ledger-entry/v1"
+LEDGER_FORMAT = "lacuna/ledger/v2"
+BODY_DOMAIN = "lacuna/ledger-body/v2"
+ENTRY_DOMAIN = "lacuna/ledger-entry/v2"
 HEAD_DOMAIN = "lacuna/ledger-head/v1"
-_CHARGE_FIELDS = {"kind", "study_id", "plan_sha256", "run_id", "purpose", "round", "attempt", "event", "time"}
+_CHARGE_FIELDS = {
+    "kind", "study_id", "plan_sha256", "run_id", "purpose", "round", "attempt", "event", "time", "salt",
+}  # fmt: skip
 _EVENT_FIELDS = {
     "kind",
     "sampling_rate",
@@ -197,6 +202,8 @@ def chain_fault(entries: Any) -> str | None:
     ledger_id = entries[0]["body"].get("ledger_id")
     if entries[0]["body"].get("kind") != "opened" or not isinstance(ledger_id, str):
         return "changed: entry 1 does not open a ledger"
+    if entries[0]["body"].get("format") != LEDGER_FORMAT:
+        return f"changed: entry 1 does not open a ledger of {LEDGER_FORMAT}"
     previous = "0" * 64
     for place, entry in enumerate(entries, start=1):
         if place > 1 and entry["body"].get("kind") == "opened":
@@ -205,6 +212,9 @@ def chain_fault(entries: Any) -> str | None:
             expected = entry_hash(ledger_id, place, entry["previous_hash"], entry["body"])
         except (ValueError, TypeError):
             return f"changed: entry {place} is malformed"
+        salt = entry["body"].get("salt")
+        if not isinstance(salt, str) or len(salt) != 32 or not set(salt) <= set("0123456789abcdef"):
+            return f"changed: entry {place} has no proper salt"
         if expected != entry["entry_hash"]:
             return f"changed: entry {place} does not have its hash"
         if entry["previous_hash"] != previous:
@@ -220,7 +230,7 @@ def entry_hash(ledger_id: str, sequence: int, previous_hash: str, body: dict[str
         ledger_id.encode(),
         sequence.to_bytes(8, "big"),
         bytes.fromhex(previous_hash),
-        canonical(body).encode(),
+        hashlib.sha256(_framed(BODY_DOMAIN, canonical(body).encode())).digest(),
     )
     return hashlib.sha256(message).hexdigest()
 
@@ -251,7 +261,7 @@ def _charges(entries: list[dict[str, Any]], what: str) -> tuple[ChargeEntry, ...
             ChargeEntry(
                 sequence=entry["sequence"],
                 event=_event(body["event"], where),
-                **{name: body[name] for name in _CHARGE_FIELDS - {"kind", "event", "time"}},
+                **{name: body[name] for name in _CHARGE_FIELDS - {"kind", "event", "time", "salt"}},
             )
         )
     return tuple(charges)

@@ -13,7 +13,7 @@ from shared.errors import MalformedMessageError
 from shared.identity import SIGNATURE_BYTES
 from shared.wire import Envelope
 
-MAX_LEDGER_HEAD_BYTES = 4096
+MAX_LEDGER_HEAD_BYTES = 64 * 1024
 _HEX = re.compile(r"(?:[0-9a-f]{2})*")
 _ATTEMPT_FIELDS = {"study_digest", "run_id", "round", "attempt", "purpose", "vector_length"}
 
@@ -82,7 +82,7 @@ def read_sites(value: Any, *, what: str) -> tuple[str, ...]:
 
 
 def read_ledger_head(value: Any) -> dict[str, Any]:
-    """A JSON object of at most 4096 canonical bytes; its meaning is the ledger's."""
+    """A JSON object of at most 64 KiB in canonical form; its meaning is the ledger's."""
     if not isinstance(value, dict):
         raise MalformedMessageError("ledger_head: an object expected")
     if len(canonical_json(value)) > MAX_LEDGER_HEAD_BYTES:

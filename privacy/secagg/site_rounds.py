@@ -12,7 +12,7 @@ advertising replaces what is prepared, uploading closes what is open.
 from __future__ import annotations
 
 import hmac
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from privacy.secagg.keys import (
@@ -125,13 +125,6 @@ class SiteSecureAggregation:
         """Largest attempt number that this site has recorded."""
         return self._last_attempt
 
-    def peer_heads(self, attempt: int) -> dict[str, dict[str, Any]]:
-        """Ledger heads in the verified keys of a live attempt, own included; empty before its shares."""
-        for item in (self._prepared, self._open):
-            if item is not None and item.number == attempt:
-                return {site_id: dict(keys.ledger_head) for site_id, keys in item.keys.items()}
-        return {}
-
     def abandon(self) -> None:
         """Close whatever is prepared or open, for good."""
         for item in (self._prepared, self._open):
@@ -139,8 +132,14 @@ class SiteSecureAggregation:
                 item.close()
         self._prepared = self._open = None
 
-    def advertise(self, request: AdvertiseRequest, ledger_head: dict[str, Any]) -> AdvertiseReply:
+    def advertise(
+        self, request: AdvertiseRequest, show_ledger: Callable[[], dict[str, Any]]
+    ) -> AdvertiseReply:
         """Make fresh keys for an attempt; its number is durable before they exist.
+
+        Args:
+            request: The server's message.
+            show_ledger: What peers are shown of this site's ledger, asked for when the number is in it.
 
         Raises:
             AggregationRefusedError: WRONG_STUDY, ATTEMPT_NOT_NEW.
@@ -153,9 +152,9 @@ class SiteSecureAggregation:
                 RefusalReason.ATTEMPT_NOT_NEW,
                 f"attempt {number} is not above {self._last_attempt}, the last one recorded here",
             )
-        head = read_ledger_head(ledger_head)
         self._register_attempt(number)
         self._last_attempt = number
+        head = read_ledger_head(show_ledger())
         if self._prepared is not None:
             self._prepared.close()
         secrets = AttemptKeys(self._entropy)
@@ -178,8 +177,17 @@ class SiteSecureAggregation:
         self._prepared = SiteAttempt(session=session, secrets=secrets, own_keys=keys)
         return AdvertiseReply(attempt=request.attempt, keys=keys)
 
-    def share(self, request: ShareRequest) -> ShareReply:
+    def share(
+        self,
+        request: ShareRequest,
+        accept_ledgers: Callable[[Mapping[str, Mapping[str, Any]]], None] = lambda _: None,
+    ) -> ShareReply:
         """Verify all keys of the attempt, then deal shares of this site's two secrets to their owners.
+
+        Args:
+            request: The server's message.
+            accept_ledgers: Called with what each site shows of its ledger, under its verified signature,
+                before anything is dealt; what it raises ends the request.
 
         Raises:
             AggregationRefusedError: WRONG_STUDY, UNKNOWN_ATTEMPT, ATTEMPT_CLOSED, ATTEMPT_CHANGED,
@@ -188,6 +196,7 @@ class SiteSecureAggregation:
         """
         state = self._locate(request.attempt, Component.SHARE)
         keys, key_set = self._verified_keys(state, request.keys)
+        accept_ledgers({site_id: item.ledger_head for site_id, item in keys.items()})
         secrets, n = state.secrets, self._parameters.n_sites
         seed_shares = split_secret(secrets.seed, threshold=self._parameters.threshold, n_shares=n)
         key_shares = split_secret(secrets.mask_private, threshold=self._parameters.threshold, n_shares=n)

@@ -19,6 +19,7 @@ from privacy.audit.counts import CountsLayout
 from privacy.audit.verdict import PlantedLeak
 from privacy.ledger import Ledger
 from privacy.ledger_chain import CHARGE
+from privacy.secagg.reasons import Component
 from privacy.secagg.server_rounds import ServerAttempt
 from privacy.secagg.session import AttemptId
 from privacy.secagg.thresholds import ProtocolParameters
@@ -118,21 +119,7 @@ class Trio:
         self, *, purpose: Any = "train", round_number: int = 1, vector_length: int | None = None
     ) -> ServerAttempt:
         """Keys and shares of a fresh attempt, delivered to all three."""
-        self.last += 1
-        default = self.plan.model.dimension if purpose == "train" else self.length
-        server = ServerAttempt(
-            AttemptId(
-                study_digest=self.plan.digest().hex(),
-                run_id="1",
-                round=round_number,
-                attempt=self.last,
-                purpose=purpose,
-                vector_length=vector_length or default,
-            ),
-            roster=tuple((s.site_id, s.verify_key) for s in self.plan.roster.sites),
-            parameters=ProtocolParameters.from_plan(self.plan),
-            invited=tuple(s.site_id for s in self.plan.roster.sites),
-        )
+        server = self.new_attempt(purpose=purpose, round_number=round_number, vector_length=vector_length)
         for requests in (server.build_advertise_requests, server.build_share_requests):
             for site, request in requests().items():
                 (reply,) = self.ask(int(site[-1]), request.to_envelope())
@@ -140,6 +127,45 @@ class Trio:
                     raise ProtocolRefusedError(reply.body["reason"], f"{site} refused")
                 server.accept(site, reply)
         return server
+
+    def new_attempt(self, **changes: Any) -> ServerAttempt:
+        """The coordinator's side of a fresh attempt."""
+        self.last += 1
+        return ServerAttempt(
+            self.attempt_id(**changes),
+            roster=tuple((s.site_id, s.verify_key) for s in self.plan.roster.sites),
+            parameters=ProtocolParameters.from_plan(self.plan),
+            invited=tuple(s.site_id for s in self.plan.roster.sites),
+        )
+
+    def attempt_id(
+        self, *, purpose: Any = "train", round_number: int = 1, vector_length: int | None = None
+    ) -> AttemptId:
+        default = self.plan.model.dimension if purpose == "train" else self.length
+        return AttemptId(
+            study_digest=self.plan.digest().hex(),
+            run_id="1",
+            round=round_number,
+            attempt=self.last,
+            purpose=purpose,
+            vector_length=vector_length or default,
+        )
+
+    def keys_and_shares(self) -> tuple[ServerAttempt, dict[int, Envelope]]:
+        """A fresh attempt up to what each site answers when it is asked for shares; refusals included.
+
+        A site that gives no keys answers with that refusal.
+        """
+        server = self.new_attempt()
+        answers = {}
+        for site, request in server.build_advertise_requests().items():
+            (answers[int(site[-1])],) = self.ask(int(site[-1]), request.to_envelope())
+            if answers[int(site[-1])].kind != REFUSED:
+                server.accept(site, answers[int(site[-1])])
+        if len(server.answered(Component.ADVERTISE)) == 3:
+            for site, share_request in server.build_share_requests().items():
+                (answers[int(site[-1])],) = self.ask(int(site[-1]), share_request.to_envelope())
+        return server, answers
 
     def uploads(self, server: ServerAttempt, work: Work | None = None) -> dict[int, list[Envelope]]:
         """For each site its work and its upload request, as an honest coordinator would send them."""

@@ -26,6 +26,7 @@ from client.site_home import SiteHome, init_site
 from privacy.audit.verdict_statement import open_verdict
 from privacy.ledger import Ledger, read_ledger
 from privacy.ledger_chain import CHARGE, read_export
+from privacy.secagg.messages import AdvertiseRequest
 from shared.agent_messages import (
     EXCHANGE,
     REFUSED,
@@ -385,6 +386,41 @@ def test_a_peer_whose_ledger_went_back_is_noticed(
     assert any("an old or a second copy" in record.getMessage() for record in caplog.records)
     assert trio.status(0)["reason"] == "peer_misbehaved"
     assert [len(trio.charges(i)) for i in (0, 2)] == [2, 2]
+
+
+def test_an_old_ledger_that_a_cheating_coordinator_lets_grow_is_noticed_by_all(
+    trio: Trio, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The coordinator asks the restored site for keys until its ledger is the longer one, shows the last.
+
+    Its peers deal nothing to it, and the site itself stops when it hears from them.
+    """
+    home = trio.homes[1]
+    trio.complete()
+    trio.ledgers[1].close()
+    for path in (home.ledger_path, home.counter_path):
+        shutil.copy(path, tmp_path / f"old-{path.name}")
+    trio.restart(1)
+    trio.complete()
+    seen = trio.complete()[0].ledger_heads["site-1"]["latest"]["head"]["length"]
+    trio.ledgers[1].close()
+    for path in (home.ledger_path, home.counter_path):
+        shutil.copy(tmp_path / f"old-{path.name}", path)
+    trio.agents[1] = trio.start(1)
+    while trio.ledgers[1].head().length <= seen + 2:
+        trio.last += 1
+        attempt = replace(trio.attempt_id(), attempt=trio.last)
+        trio.ask(1, AdvertiseRequest(attempt=attempt).to_envelope())
+    server, replies = trio.keys_and_shares()
+    assert server.ledger_heads["site-1"]["latest"]["head"]["length"] > seen + 2
+    assert [reason(replies[i]) for i in range(3)] == [
+        "peer_misbehaved", "ledger_unavailable", "peer_misbehaved",
+    ]  # fmt: skip
+    assert any("an old copy that grew" in record.getMessage() for record in caplog.records)
+    assert any("a peer has seen another state of this ledger" in r.getMessage() for r in caplog.records)
+    assert [len(trio.charges(i)) for i in range(3)] == [3, 1, 3]
+    _, replies = trio.keys_and_shares()
+    assert reason(replies[1]) == "ledger_unavailable"
 
 
 def test_a_lost_ledger_is_missed_and_never_begun_again(trio: Trio) -> None:

@@ -100,7 +100,7 @@ class Consortium:
         parsed = REQUESTS[envelope.kind].from_envelope(envelope)
         reply: Reply
         if envelope.kind == "secagg_advertise":
-            reply = site.advertise(parsed, {"length": 0, "entry": "00" * 32})
+            reply = site.advertise(parsed, lambda: {"length": 0, "entry": "00" * 32})
         elif envelope.kind == "secagg_share":
             reply = site.share(parsed)
         elif envelope.kind == "secagg_upload":

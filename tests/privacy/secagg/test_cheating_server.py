@@ -181,7 +181,7 @@ def test_lower_threshold_told_to_some_sites(group):
         register_attempt=lambda _: None,
         entropy=group.entropy,
     )
-    keys = fake.advertise(AdvertiseRequest(attempt=group.attempt()), {}).keys
+    keys = fake.advertise(AdvertiseRequest(attempt=group.attempt()), dict).keys
     keys = (request.keys[0], keys, *request.keys[2:])
     refused(RefusalReason.BAD_KEY_SIGNATURE, group.sites["site-0"].share, replace(request, keys=keys))
 
@@ -399,7 +399,7 @@ def test_reordered_requests(group):
     request = server.build_upload_requests(WEIGHTS, WORK)["site-0"]
     fresh = AdvertiseRequest(attempt=group.attempt(2))
     replaced = group.sites["site-0"]._prepared
-    group.sites["site-0"].advertise(fresh, {})
+    group.sites["site-0"].advertise(fresh, dict)
     assert replaced.secrets.seed == bytes(32)
     refused(
         RefusalReason.ATTEMPT_CLOSED,
@@ -436,8 +436,8 @@ def test_an_attempt_number_after_a_restart(group):
     unmask = server.build_unmask_requests()["site-0"]
     site = group.restart("site-0")
     refused(RefusalReason.ATTEMPT_CLOSED, site.unmask, unmask)
-    refused(RefusalReason.ATTEMPT_NOT_NEW, site.advertise, AdvertiseRequest(attempt=group.attempt(1)), {})
-    site.advertise(AdvertiseRequest(attempt=group.attempt(2)), {})
+    refused(RefusalReason.ATTEMPT_NOT_NEW, site.advertise, AdvertiseRequest(attempt=group.attempt(1)), dict)
+    site.advertise(AdvertiseRequest(attempt=group.attempt(2)), dict)
     still_sound(group)
 
 
@@ -447,7 +447,7 @@ def test_the_number_is_durable_before_keys_exist(group):
 
     group.sites["site-0"]._register_attempt = full_disk
     with pytest.raises(OSError, match="no space"):
-        group.sites["site-0"].advertise(AdvertiseRequest(attempt=group.attempt(1)), {})
+        group.sites["site-0"].advertise(AdvertiseRequest(attempt=group.attempt(1)), dict)
     assert group.sites["site-0"].prepared_attempt is None
 
 
