@@ -21,6 +21,7 @@ from privacy.dp.noise import noise_share
 from privacy.dp.patient_gradients import NamedParameters, PatientGradients, PerSampleLoss, Progress
 from privacy.dp.patient_sampling import TimestepDraw, sample_patients, uniform_timesteps
 from privacy.dp.patients import PatientScans
+from privacy.dp.quantization import quantize
 from privacy.dp.sensitivity import MAX_PATIENTS_PER_SITE
 from privacy.secret_random import SecretRandom
 from shared.errors import InternalError, PeerError, SiteError, UsageError
@@ -137,10 +138,9 @@ class PatientTrainer:
             progress=self._progress,
         )
         plan = self._plan
-        integers_d = np.rint(total_d / plan.gradient_grid_step)
-        if plan.mode == "distributed":
-            integers_d = np.clip(integers_d, -plan.clamp_steps, plan.clamp_steps)
-        return integers_d.astype(np.int64) + noise_share(plan, self._secret)
+        clamp = plan.clamp_steps if plan.mode == "distributed" else None
+        steps_d = quantize(total_d, grid_step=plan.gradient_grid_step, clamp_steps=clamp)
+        return steps_d + noise_share(plan, self._secret)
 
     def _chosen(self, patients: Sequence[PatientScans]) -> list[PatientScans]:
         chosen = sample_patients(
@@ -163,9 +163,8 @@ class PatientTrainer:
                 self._assign(weights_d)
         finally:
             self._assign(start_d)
-        steps_d = np.rint((weights_d - start_d) / self._plan.grid_step)
-        steps_d = np.nan_to_num(steps_d, nan=0.0, posinf=0.0, neginf=0.0)
-        return np.clip(steps_d, -self._plan.clamp_steps, self._plan.clamp_steps).astype(np.int64)
+        plan = self._plan
+        return quantize(weights_d - start_d, grid_step=plan.grid_step, clamp_steps=plan.clamp_steps)
 
     def _check(self, mode: Mode, patients: Sequence[PatientScans]) -> None:
         if self._plan.mode != mode:

@@ -1,4 +1,4 @@
-"""Shares, keys, masks, residues; a few known answers (the full vectors belong to a later issue)."""
+"""Shares, keys, masks, residues, by their properties; the known answers are in test_vectors.py."""
 
 from __future__ import annotations
 
