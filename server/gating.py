@@ -7,11 +7,13 @@ from pathlib import Path
 
 from privacy.compliance.approval_check import check_plan_approval
 from privacy.compliance.approvals import approval_file_name
-from privacy.ledger_chain import LedgerHead
+from privacy.ledger_chain import PREDICATE_TYPE as LEDGER_PREDICATE
+from privacy.ledger_chain import LedgerHead, read_export
 from server.release.bundle import ReleasedBundle, ReleaseEvidence, write_bundle
 from server.release.gate import GateDecision, GateInputs, evaluate_gate, sign_decision
 from server.release.log import now_utc
 from server.study_store import StudyStore
+from shared.attestation import open_statement
 from shared.canonical import parse_json
 from shared.errors import CoordinatorError, LacunaError, PeerError, RefusedError
 from shared.home import write_private
@@ -76,6 +78,40 @@ def keep_plan_approval(store: StudyStore, data: bytes) -> str:
     raise RefusedError(
         f"this is no approval of the signed plan of study {plan.study_id!r} by one of its sites",
         remedy="ask the site for the file that `lacuna site approve PLAN --out FILE` wrote",
+    )
+
+
+def keep_ledger(store: StudyStore, data: bytes) -> str:
+    """Check which site's ledger it is, and keep it as evidence. Returns the site's id.
+
+    For a site whose agent can no longer be asked: the ledger comes as a file in its place.
+
+    Raises:
+        RefusedError: it is no ledger signed by a site of the roster, or an older copy than the one at hand.
+    """
+    plan = store.package().plan
+    for entry in plan.roster.sites:
+        try:
+            open_statement(data, key=entry.verify_key, predicate_type=LEDGER_PREDICATE, what="ledger")
+        except LacunaError:
+            continue
+        kept = store.evidence / "ledgers" / f"{entry.site_id}.dsse.json"
+        seen = list(_seen_heads(store).get(entry.site_id, ()))
+        if kept.exists():
+            seen.append(read_export(kept.read_bytes(), entry.verify_key).head)
+        try:
+            read_export(data, entry.verify_key, known_heads=seen, what=f"ledger of {entry.site_id}")
+        except LacunaError as error:
+            raise RefusedError(
+                f"ledger of {entry.site_id}: {error.message}",
+                remedy=f"ask {entry.site_id} to run `lacuna site export-ledger` again",
+            ) from error
+        kept.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_private(kept, data)
+        return entry.site_id
+    raise RefusedError(
+        f"this is no ledger that a site of study {plan.study_id!r} signed",
+        remedy="ask the site for the file that `lacuna site export-ledger --out FILE` wrote",
     )
 
 

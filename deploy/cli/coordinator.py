@@ -325,16 +325,25 @@ def status(study_id: str, as_json: bool) -> None:
 @command.command("gate")
 @study_option
 @click.option("--out", type=PathType, help="Also copy the signed decision here, for approvals.")
+@click.option(
+    "--ledger",
+    "ledgers",
+    type=PathType,
+    multiple=True,
+    help="Ledger of a site whose agent cannot be asked any more (`lacuna site export-ledger`).",
+)
 @json_option
-def gate(study_id: str, out: Path | None, as_json: bool) -> None:
+def gate(study_id: str, out: Path | None, ledgers: tuple[Path, ...], as_json: bool) -> None:
     """Evaluate every condition of a release and sign the decision, whatever it is."""
     from privacy.compliance.report import print_decision
     from server.coordinator_home import CoordinatorHome
-    from server.gating import decide
+    from server.gating import decide, keep_ledger
     from server.study_store import StudyStore
 
     home = CoordinatorHome.default()
     store = StudyStore(home.study(study_id))
+    for path in ledgers:
+        keep_ledger(store, read_input(path, what="ledger"))
     decision = decide(store, home.key())
     if as_json:
         print_json(decision.to_dict())

@@ -296,6 +296,18 @@ def budget(as_json: bool) -> None:
     )
 
 
+@command.command("export-ledger")
+@click.option("--out", type=PathType, required=True, help="File for the coordinator or the officer.")
+def export_ledger(out: Path) -> None:
+    """Write this site's ledger, signed, to a file; also while an agent is serving, or where none can.
+
+    It holds every charge of every study of this site, and nothing about a patient.
+    """
+    from client.ledger_export import signed_ledger
+
+    write_output(out, signed_ledger(SiteHome.default()), what="ledger")
+
+
 @command.command("audit")
 @study_argument
 @click.option("--veto", is_flag=True, help="Refuse the release without giving a reason.")

@@ -72,7 +72,7 @@ def test_a_killed_process_does_not_stop_the_study(tmp_path: Path, kind: Kind) ->
 
 
 def test_five_hospitals_finish_without_one_that_dies_for_good(tmp_path: Path) -> None:
-    """n = 5, t = 4: the study completes; the gate then says whose ledger is missing."""
+    """n = 5, t = 4: the study completes; the gate wants the dead agent's ledger, and takes it as a file."""
     output = io.StringIO()
     demo = Demo(
         options=DemoOptions(out=tmp_path / "demo", rounds=4, sites=5, samples=8),
@@ -87,5 +87,13 @@ def test_five_hospitals_finish_without_one_that_dies_for_good(tmp_path: Path) ->
     assert store.completed_rounds() == 4, output.getvalue()
     assert "hospital-a" not in store.attempts("audit")[-1].survivors
     assert len(store.attempts("audit")[-1].survivors) == 4
-    store.close()
     assert code == 40
+    ledger, decision = str(tmp_path / "hospital-a.ledger.dsse.json"), str(tmp_path / "decision.dsse.json")
+    demo._lacuna("hospital-a", "site", "export-ledger", "--out", ledger)
+    assert (
+        demo._lacuna(
+            "coordinator", "coordinator", "gate", "--study", STUDY, "--ledger", ledger, "--out", decision
+        )
+        == 0
+    ), "with the ledger of the dead hospital as a file the study can be released"
+    store.close()

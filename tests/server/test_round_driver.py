@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 from in_memory_consortium import Consortium
 
+from client.ledger_export import signed_ledger
 from privacy.audit.verdict_statement import open_verdict
+from server.gating import decide, keep_ledger
 from server.transport import Fate
 from shared.checkpoint import load_tensors
-from shared.errors import CoordinatorError
+from shared.errors import CoordinatorError, RefusedError
 from shared.study_plan import StudyPlan
 from shared.wire import Envelope
 
@@ -124,6 +126,39 @@ def test_a_site_that_drops_anywhere_does_not_stop_five(
     for i in range(5):
         in_sums = sum(f"site-{i}" in survivors for survivors in survivors_of(consortium))
         assert consortium.charges(i) >= in_sums
+
+
+def test_the_ledger_of_a_site_that_died_for_good_can_come_as_a_file(
+    make: Callable[..., Consortium],
+) -> None:
+    """The gate names the missing ledger; the file that the site writes without its agent takes its place."""
+    consortium = make(n=5, rounds=3)
+    store, home = consortium.store, consortium.homes[2]
+    early = signed_ledger(home)
+
+    def die(node: int, at: str, envelope: Envelope) -> Fate:
+        died = node == 2 and consortium.charges(2) >= 2
+        return Fate.KILL if died else Fate.DELIVER
+
+    consortium.faults = die
+    assert consortium.driver().run().rounds == 3
+    assert not (store.evidence / "ledgers" / "site-2.dsse.json").exists()
+
+    def missing() -> set[str]:
+        return {c.name for c in decide(store, consortium.coordinator).failed}
+
+    assert {"ledgers-present", "ledgers-verify", "budget"} <= missing()
+    with pytest.raises(RefusedError, match="no ledger that a site"):
+        keep_ledger(store, b"{}")
+    with pytest.raises(RefusedError, match="site-2"):
+        keep_ledger(store, early)
+    assert not (store.evidence / "ledgers" / "site-2.dsse.json").exists()
+    assert keep_ledger(store, signed_ledger(home)) == "site-2"
+    assert (
+        not {"ledgers-present", "ledgers-verify", "ledgers-fresh", "budget", "attempts-charged"} & missing()
+    )
+    with pytest.raises(RefusedError, match="site-2"):
+        keep_ledger(store, early)
 
 
 def test_a_restarted_agent_rejoins(make: Callable[..., Consortium]) -> None:
