@@ -354,7 +354,7 @@ def test_pair_masks_of_different_weights_do_not_cancel(group, monkeypatch):
 
     False-failure probability below 2^-100: five random 32-bit words would have to be zero.
     """
-    monkeypatch.setattr("privacy.secagg.site_rounds.self_mask_key", lambda *_: bytes(32))
+    monkeypatch.setattr("privacy.secagg.site_masking.self_mask_key", lambda *_: bytes(32))
     server = group.until(Component.UPLOAD)
     requests = server.build_upload_requests(WEIGHTS, WORK)
     zeros = np.zeros(group.length, dtype=np.int64)
@@ -516,21 +516,24 @@ def test_secrets_never_show_in_a_repr(group):
     site = group.sites["site-0"]
     state = site._open
     pieces = [bytes(piece) for pair in state.held.values() for piece in pair]
-    shown = repr(site) + repr(state) + repr(state.secrets) + repr(server.build_unmask_requests())
+    shown = repr(site) + repr(state) + repr(server.build_unmask_requests())
     reply = site.unmask(server_request(server, group))
     shown += repr(reply)
     assert all(piece.hex() not in shown and repr(piece)[2:-1] not in shown for piece in pieces)
 
 
 def server_request(server, group):
-    uploads = server._upload_signatures()
+    uploads = server._collections[Component.UPLOAD].signed(server.survivors)
     return UnmaskRequest(attempt=server.attempt, uploads=uploads, confirmations=())
 
 
 def test_secrets_are_wiped_when_an_attempt_closes(group):
-    uploaded(group)
+    server = group.until(Component.UPLOAD)
+    secrets = group.sites["site-0"]._prepared.secrets
+    assert secrets.seed != bytes(32)
+    group.exchange(server, server.build_upload_requests(WEIGHTS, WORK))
+    assert secrets.seed == secrets.mask_private == secrets.share_private == bytes(32)
     state = group.sites["site-0"]._open
-    assert state.secrets.seed == state.secrets.mask_private == bytes(32)
     held = [piece for pair in state.held.values() for piece in pair]
     assert all(any(piece) for piece in held)
     group.sites["site-0"].abandon()

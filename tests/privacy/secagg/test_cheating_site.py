@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from privacy.secagg import keys as attempt_keys
-from privacy.secagg import site_rounds
+from privacy.secagg import site_keys
 from privacy.secagg.messages import AdvertiseReply, ShareReply, UnmaskReply, UploadReply
 from privacy.secagg.reasons import (
     AbortReason,
@@ -53,7 +53,7 @@ def test_shares_that_do_not_open_name_the_dealer(group, monkeypatch):
     for name in group.names:
         with monkeypatch.context() as patch:
             if name == "site-2":
-                patch.setattr(site_rounds, "seal_share", lambda *_, **__: bytes(80))
+                patch.setattr(site_keys, "seal_share", lambda *_, **__: bytes(80))
             server.accept(name, group.ask(name, requests[name]))
     upload = server.build_upload_requests(WEIGHTS, WORK)["site-0"]
     with pytest.raises(AggregationRefusedError) as caught:
@@ -66,7 +66,7 @@ def test_shares_other_than_committed_name_the_dealer(group, monkeypatch):
     for name in group.names:
         with monkeypatch.context() as patch:
             if name == "site-2":
-                patch.setattr(site_rounds, "share_commitment", lambda *_: bytes(32))
+                patch.setattr(site_keys, "share_commitment", lambda *_: bytes(32))
             server.accept(name, group.ask(name, requests[name]))
     upload = server.build_upload_requests(WEIGHTS, WORK)["site-0"]
     with pytest.raises(AggregationRefusedError) as caught:
@@ -120,7 +120,7 @@ def test_a_wrong_revealed_share_is_named_and_the_round_completes(group):
     statement = RevealStatement(
         session=server._session,
         site_id="site-0",
-        terms=server._terms,
+        terms=server._collections[Component.UPLOAD].terms,
         survivors=server.survivors,
         shares=tuple(item.value for item in shares),
     )

@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 
-from privacy.secagg import site_rounds
+from privacy.secagg import site_unmasking
 from privacy.secagg.messages import ConfirmRequest, UnmaskRequest, UploadReply
 from privacy.secagg.reasons import AggregationRefusedError, Component
 from privacy.secagg.site_rounds import SiteSecureAggregation
+from privacy.secagg.site_unmasking import ConfirmedState
 from privacy.secagg.statements import SurvivorStatement, UploadStatement
 
 WEIGHTS, WORK = b"\x01" * 32, b"\x02" * 32
@@ -152,7 +153,7 @@ def test_sampled_strategies_for_more_sites(consortium, n, t, count):
 
 
 def without_confirmations(monkeypatch):
-    monkeypatch.setattr(SiteSecureAggregation, "_check_confirmations", lambda *_: None)
+    monkeypatch.setattr(ConfirmedState, "check_released", lambda *_: None)
 
 
 @pytest.mark.parametrize("rule", ["require_enough", "require_within_peers"])
@@ -163,7 +164,7 @@ def test_each_size_condition_is_needed_where_signatures_are_not_counted(consorti
     monkeypatch.setattr(UploadStatement, "verify", lambda *_: None)
     server = CheatingServer(consortium, 4, 3)
     assert server.search(server.plain()) is None
-    monkeypatch.setattr(site_rounds, rule, lambda *_: None)
+    monkeypatch.setattr(site_unmasking, rule, lambda *_: None)
     server = CheatingServer(consortium, 4, 3)
     found = server.search(server.plain())
     assert found is not None
