@@ -7,11 +7,12 @@ from pathlib import Path
 
 from privacy.compliance.approval_check import check_plan_approval
 from privacy.compliance.approvals import approval_file_name
+from privacy.compliance.release_log import LogEntry
 from privacy.ledger_chain import PREDICATE_TYPE as LEDGER_PREDICATE
 from privacy.ledger_chain import LedgerHead, read_export
-from server.release.bundle import ReleasedBundle, ReleaseEvidence, write_bundle
+from server.release.bundle import ReleasedBundle, ReleaseEvidence, bundle_sha256, write_bundle
 from server.release.gate import GateDecision, GateInputs, evaluate_gate, sign_decision
-from server.release.log import now_utc
+from server.release.log import append_withdrawal, now_utc
 from server.study_store import StudyStore
 from shared.attestation import open_statement
 from shared.canonical import parse_json
@@ -138,6 +139,28 @@ def release(store: StudyStore, key: SigningKey, *, license_text: str | None = No
         at=now_utc(),
         license_text=license_text,
         log_path=store.log_path,
+    )
+
+
+def withdraw(store: StudyStore, key: SigningKey, *, reason: str) -> LogEntry:
+    """Withdraw the study's released bundle: a signed entry in the release log, which is never undone.
+
+    The bundle itself stays as it is; whoever verifies it with the log at hand is told, with the reason.
+
+    Raises:
+        CoordinatorError: nothing was released, it is withdrawn already, the reason is empty, or the log does
+            not verify.
+    """
+    study_id = store.package().plan.study_id
+    if not store.bundle_path.exists():
+        raise CoordinatorError(f"nothing of study {study_id!r} was released, so there is nothing to withdraw")
+    return append_withdrawal(
+        store.log_path,
+        bundle_sha256=bundle_sha256(store.bundle_path),
+        study_id=study_id,
+        key=key,
+        at=now_utc(),
+        reason=reason,
     )
 
 

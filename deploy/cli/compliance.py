@@ -9,7 +9,7 @@ import click
 
 from deploy.cli.output import console, json_option, print_json, read_input, write_output
 from shared.enrolment import make_request
-from shared.errors import SiteError
+from shared.errors import SiteError, UsageError
 from shared.exit_codes import ExitCode
 from shared.home import lacuna_home, private_directory
 from shared.identity import SigningKey
@@ -53,20 +53,34 @@ def init(name: str, out: Path) -> None:
 @click.argument("bundle", type=PathType)
 @click.option("--coordinator", help="The coordinator's key or fingerprint, read out of band.")
 @click.option("--log", "log_path", type=PathType, help="Release log; finds withdrawals.")
+@click.option("--log-before", type=PathType, help="The log as you kept it earlier; finds a log cut short.")
+@click.option("--heads", type=PathType, multiple=True, help="Receipts of ledger heads; find old copies.")
 @click.option("--all", "everything", is_flag=True, help="List every check, not only what matters.")
 @json_option
 def verify(
     bundle: Path,
     coordinator: str | None,
     log_path: Path | None,
+    log_before: Path | None,
+    heads: tuple[Path, ...],
     everything: bool,
     as_json: bool,
 ) -> None:
     """Check a release bundle: every file, signature, ledger, verdict, the gate and the approvals."""
+    from privacy.compliance.budget import read_receipts
+    from privacy.compliance.release_log import log_head, read_log_file
     from privacy.compliance.report import print_verification
     from privacy.compliance.verify import verify_bundle
 
-    report = verify_bundle(bundle, trusted_coordinator=coordinator, log=log_path)
+    if log_before is not None and log_path is None:
+        raise UsageError("--log-before is compared with --log: give both")
+    report = verify_bundle(
+        bundle,
+        trusted_coordinator=coordinator,
+        log=log_path,
+        log_at_least=None if log_before is None else log_head(read_log_file(log_before)),
+        seen_heads=read_receipts(heads),
+    )
     if as_json:
         print_json(report.to_dict())
     else:

@@ -372,6 +372,25 @@ def release(study_id: str, approvals: tuple[Path, ...]) -> None:
     released = write_release(store, home.key())
     click.echo(f"released: {released.path}")
     click.echo(f"bundle SHA-256: {released.bundle_sha256}")
+    click.echo(f"release log, for whoever verifies the bundle: {store.log_path}")
+
+
+@command.command("withdraw")
+@study_option
+@click.option("--reason", required=True, help="Why; everybody who has the log will read it.")
+@click.option("--log-out", type=PathType, help="Also copy the release log here, for whoever has the bundle.")
+def withdraw(study_id: str, reason: str, log_out: Path | None) -> None:
+    """Withdraw a released bundle, with a signed entry in the release log. It cannot be undone."""
+    from server.coordinator_home import CoordinatorHome
+    from server.gating import withdraw as append_entry
+    from server.study_store import StudyStore
+
+    home = CoordinatorHome.default()
+    store = StudyStore(home.study(study_id))
+    entry = append_entry(store, home.key(), reason=reason)
+    click.echo(f"withdrawn: bundle {entry.bundle_sha256}, entry {entry.index} of {store.log_path}")
+    if log_out is not None:
+        write_output(log_out, store.log_path.read_bytes(), what="release log")
 
 
 @command.command("compare")

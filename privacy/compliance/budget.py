@@ -61,7 +61,7 @@ def budget(
     *,
     plan: StudyPlan | None = None,
     delta: float | None = None,
-    heads: Sequence[SeenHead] | None = None,
+    heads: Mapping[str, Sequence[SeenHead]] | None = None,
 ) -> list[BudgetRow]:
     """Check ledger exports and add up what they charge.
 
@@ -70,8 +70,8 @@ def budget(
         plan: Names sites by their keys and gives delta. Without it each ledger is checked under the key it
             states itself: then it is whole, but whose it is stays open.
         delta: Overrides the plan's.
-        heads: Receipts of ledger heads, from :func:`read_receipts`; each applies to the ledger it names.
-            None: freshness stays unchecked.
+        heads: Receipts of ledger heads (:func:`read_receipts`); each applies to the ledger it names. None:
+            freshness stays unchecked.
 
     Returns:
         For each ledger one row a study, and a sum where there are several; a ledger that is forged, changed,
@@ -79,6 +79,7 @@ def budget(
     """
     at = delta if delta is not None else plan.privacy.delta if plan is not None else DEFAULT_DELTA
     names = {} if plan is None else {entry.identity_key: entry.site_id for entry in plan.roster.sites}
+    seen = None if heads is None else [head for own in heads.values() for head in own]
     rows: list[BudgetRow] = []
     for path in ledgers:
         site = "unknown"
@@ -88,7 +89,7 @@ def budget(
             if plan is not None and key not in names:
                 raise EvidenceError(f"{path.name}: forged: signed by a key that is no site of this study")
             site = names.get(key, f"key {key[:16]}")
-            rows.extend(_rows(path.name, data, key, site, delta=at, heads=heads))
+            rows.extend(_rows(path.name, data, key, site, delta=at, heads=seen))
         except LacunaError as error:
             rows.append(
                 BudgetRow(
@@ -129,8 +130,8 @@ def _rows(
     return rows
 
 
-def read_receipts(paths: Sequence[Path]) -> list[SeenHead]:
-    """Heads of ledgers that peers saw.
+def read_receipts(paths: Sequence[Path]) -> dict[str, list[SeenHead]]:
+    """Heads of ledgers that peers saw, by site.
 
     A receipts file is canonical JSON ``{"heads": {SITE: HEAD or [HEAD, ...]}}``, where HEAD is
     ``{"ledger_id", "length", "entry_hash", "signature"}``. The heads carry their sites' signatures; the file
@@ -139,14 +140,15 @@ def read_receipts(paths: Sequence[Path]) -> list[SeenHead]:
     Raises:
         EvidenceError: a file cannot be read, or is no receipts file.
     """
-    heads: list[SeenHead] = []
+    heads: dict[str, list[SeenHead]] = {}
     for path in paths:
         value = strict_json(_read(path), what=path.name)
         found = value.get("heads") if isinstance(value, dict) else None
         if not isinstance(found, Mapping):
             raise EvidenceError(f"{path.name}: not a receipts file")
-        for entry in found.values():
-            heads.extend(SeenHead.parse(item) for item in (entry if isinstance(entry, list) else [entry]))
+        for site, entry in found.items():
+            items = entry if isinstance(entry, list) else [entry]
+            heads.setdefault(str(site), []).extend(SeenHead.parse(item) for item in items)
     return heads
 
 

@@ -41,6 +41,7 @@ class Study:
     plan: StudyPlan
     inputs: GateInputs
     autoencoder: Path
+    prior: Path
     candidate: Path
     other: dict[str, Any] = field(default_factory=dict)
 
@@ -93,7 +94,7 @@ def make_keys() -> dict[str, SigningKey]:
 
 
 def plan_value(
-    keys: dict[str, SigningKey], *, autoencoder_sha256: str, mode: str = "distributed"
+    keys: dict[str, SigningKey], *, autoencoder_sha256: str, prior_sha256: str, mode: str = "distributed"
 ) -> dict[str, Any]:
     """A plan as a parsed document, calibrated."""
     epsilon = None if mode == "unprotected" else 8.0
@@ -121,7 +122,7 @@ def plan_value(
         "model": {
             "preset": "micro",
             "autoencoder_sha256": autoencoder_sha256,
-            "prior_sha256": "1" * 64,
+            "prior_sha256": prior_sha256,
             "trainable": "conditioning",
             "dimension": 1000,
         },
@@ -226,10 +227,16 @@ def make_study(root: Path, *, mode: str = "distributed") -> Study:
     keys = make_keys()
     rng = np.random.default_rng(0)
     weights = {"w": rng.standard_normal((16, 16)).astype(np.float32)}
-    autoencoder, candidate = root / "autoencoder.safetensors", root / "candidate.safetensors"
+    autoencoder, prior, candidate = (
+        root / f"{name}.safetensors" for name in ("autoencoder", "prior", "candidate")
+    )
+    prior_sha256 = save_tensors(prior, {"w": weights["w"] + 2}, {"what": "prior"})
     autoencoder_sha256 = save_tensors(autoencoder, weights, {"what": "autoencoder"})
     candidate_sha256 = save_tensors(candidate, {"w": weights["w"] + 1}, {"what": "denoiser"})
-    plan = parse_plan(plan_value(keys, autoencoder_sha256=autoencoder_sha256, mode=mode), what="fixture")
+    plan = parse_plan(
+        plan_value(keys, autoencoder_sha256=autoencoder_sha256, prior_sha256=prior_sha256, mode=mode),
+        what="fixture",
+    )
     records = attempt_records()
     inputs = GateInputs(
         plan=plan,
@@ -241,7 +248,10 @@ def make_study(root: Path, *, mode: str = "distributed") -> Study:
         autoencoder_sha256=autoencoder_sha256,
         attempts=records,
     )
-    return Study(root=root, keys=keys, plan=plan, inputs=inputs, autoencoder=autoencoder, candidate=candidate)
+    return Study(
+        root=root, keys=keys, plan=plan, inputs=inputs, autoencoder=autoencoder, prior=prior,
+        candidate=candidate,
+    )  # fmt: skip
 
 
 def sha256(data: bytes) -> str:
