@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -14,6 +15,9 @@ from shared.exit_codes import ExitCode
 from shared.home import lacuna_home, private_directory
 from shared.identity import SigningKey
 from shared.plan_package import open_plan_package
+
+if TYPE_CHECKING:
+    from privacy.compliance.release_log import LogHead
 
 PathType = click.Path(path_type=Path)
 
@@ -68,17 +72,14 @@ def verify(
 ) -> None:
     """Check a release bundle: every file, signature, ledger, verdict, the gate and the approvals."""
     from privacy.compliance.budget import read_receipts
-    from privacy.compliance.release_log import log_head, read_log_file
     from privacy.compliance.report import print_verification
     from privacy.compliance.verify import verify_bundle
 
-    if log_before is not None and log_path is None:
-        raise UsageError("--log-before is compared with --log: give both")
     report = verify_bundle(
         bundle,
         trusted_coordinator=coordinator,
         log=log_path,
-        log_at_least=None if log_before is None else log_head(read_log_file(log_before)),
+        log_at_least=_kept_head(log_before, log_path),
         seen_heads=read_receipts(heads),
     )
     if as_json:
@@ -87,6 +88,59 @@ def verify(
         print_verification(report, console(), everything=everything)
     if not report.passed:
         sys.exit(ExitCode.REFUSED)
+
+
+@command.command("report")
+@click.argument("bundle", type=PathType)
+@click.argument("ledgers", nargs=-1, type=PathType, metavar="[LEDGER...]")
+@click.option("--out", type=PathType, required=True, help="The page: one HTML file, to be kept or printed.")
+@click.option("--coordinator", help="The coordinator's key or fingerprint, read out of band.")
+@click.option("--log", "log_path", type=PathType, help="Release log; finds withdrawals.")
+@click.option("--log-before", type=PathType, help="The log as you kept it earlier; finds a log cut short.")
+@click.option("--heads", type=PathType, multiple=True, help="Receipts of ledger heads; find old copies.")
+def report(
+    bundle: Path,
+    ledgers: tuple[Path, ...],
+    out: Path,
+    coordinator: str | None,
+    log_path: Path | None,
+    log_before: Path | None,
+    heads: tuple[Path, ...],
+) -> None:
+    """Verify a release bundle and write a page about it that a person can read from the top down.
+
+    LEDGERs are exports that sites gave since the release; each must continue the one in the bundle.
+    """
+    from datetime import UTC, datetime
+
+    from privacy.compliance.budget import read_receipts
+    from privacy.compliance.officer_report import officer_report
+
+    made = officer_report(
+        bundle,
+        at=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        trusted_coordinator=coordinator,
+        log=log_path,
+        log_at_least=_kept_head(log_before, log_path),
+        seen_heads=read_receipts(heads),
+        ledgers=ledgers,
+    )
+    write_output(out, made.html.encode(), what="report")
+    for check in made.failed:
+        click.echo(f"FAIL {check.name}: {check.detail}")
+    click.echo("every check that was made passes" if made.passed else "DO NOT USE THIS BUNDLE")
+    if not made.passed:
+        sys.exit(ExitCode.REFUSED)
+
+
+def _kept_head(log_before: Path | None, log_path: Path | None) -> LogHead | None:
+    from privacy.compliance.release_log import log_head, read_log_file
+
+    if log_before is None:
+        return None
+    if log_path is None:
+        raise UsageError("--log-before is compared with --log: give both")
+    return log_head(read_log_file(log_before))
 
 
 @command.command("budget")

@@ -84,8 +84,8 @@ def budget(
     for path in ledgers:
         site = "unknown"
         try:
-            data = _read(path)
-            key = _stated_key(data, what=path.name)
+            data = read_evidence_file(path)
+            key = stated_key(data, what=path.name)
             if plan is not None and key not in names:
                 raise EvidenceError(f"{path.name}: forged: signed by a key that is no site of this study")
             site = names.get(key, f"key {key[:16]}")
@@ -142,7 +142,7 @@ def read_receipts(paths: Sequence[Path]) -> dict[str, list[SeenHead]]:
     """
     heads: dict[str, list[SeenHead]] = {}
     for path in paths:
-        value = strict_json(_read(path), what=path.name)
+        value = strict_json(read_evidence_file(path), what=path.name)
         found = value.get("heads") if isinstance(value, dict) else None
         if not isinstance(found, Mapping):
             raise EvidenceError(f"{path.name}: not a receipts file")
@@ -152,8 +152,8 @@ def read_receipts(paths: Sequence[Path]) -> dict[str, list[SeenHead]]:
     return heads
 
 
-def _stated_key(data: bytes, *, what: str) -> str:
-    """The key that an export says it is signed with; whether it is, comes next."""
+def stated_key(data: bytes, *, what: str) -> str:
+    """The key that an export says it is signed with; whether it is, comes next. Raises EvidenceError."""
     try:
         key = strict_json(data, what=what)["signatures"][0]["keyid"]
     except (KeyError, IndexError, TypeError) as error:
@@ -163,7 +163,8 @@ def _stated_key(data: bytes, *, what: str) -> str:
     return key
 
 
-def _read(path: Path) -> bytes:
+def read_evidence_file(path: Path) -> bytes:
+    """Bytes of a file of bounded size. Raises EvidenceError."""
     try:
         if path.stat().st_size > MAX_EVIDENCE_BYTES:
             raise EvidenceError(f"{path.name}: larger than {MAX_EVIDENCE_BYTES} bytes")

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from privacy.compliance.approval_check import check_approvals, open_decision
+from privacy.compliance.approval_check import ApprovalCount, check_approvals, open_decision
 from privacy.compliance.dsse import EvidenceError, SignedStatement, open_signed, sha256_hex, strict_json
 from privacy.compliance.ledger_check import SeenHead
 from privacy.compliance.recheck import (
@@ -30,7 +30,7 @@ from privacy.compliance.recheck import (
     OpenedEvidence,
     recheck_conditions,
 )
-from privacy.compliance.release_log import LogHead, read_log_file
+from privacy.compliance.release_log import LogEntry, LogHead, read_log_file
 from shared.errors import LacunaError
 from shared.identity import VerifyKey
 from shared.study_plan import StudyPlan, parse_plan
@@ -92,6 +92,26 @@ class VerificationReport:
         }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Examination:
+    """A bundle as it was verified: the report, and what was opened on the way, for whoever shows figures.
+
+    What could not be read is None, or left out of ``files``; the report says why.
+
+    Attributes:
+        files: Bundle path to bytes, weights left out.
+        log_entries: Entries of the release log about this bundle; None where no log was given or it failed.
+    """
+
+    report: VerificationReport
+    plan: StudyPlan | None
+    decision: SignedStatement | None
+    evidence: OpenedEvidence | None
+    approvals: ApprovalCount | None
+    files: Mapping[str, bytes]
+    log_entries: tuple[LogEntry, ...] | None
+
+
 def verify_bundle(
     path: Path,
     *,
@@ -110,6 +130,24 @@ def verify_bundle(
         log_at_least: Head of that log that was seen earlier.
         seen_heads: Receipts of ledger heads, by site id.
     """
+    return examine_bundle(
+        path,
+        trusted_coordinator=trusted_coordinator,
+        log=log,
+        log_at_least=log_at_least,
+        seen_heads=seen_heads,
+    ).report
+
+
+def examine_bundle(
+    path: Path,
+    *,
+    trusted_coordinator: str | None = None,
+    log: Path | None = None,
+    log_at_least: LogHead | None = None,
+    seen_heads: Mapping[str, Sequence[SeenHead]] | None = None,
+) -> Examination:
+    """:func:`verify_bundle`, keeping what was opened. Never raises for what is in the bundle."""
     run = _Verification(path)
     for step in (run.read_files, run.read_release, run.read_plan):
         run.guard(step)
@@ -123,7 +161,15 @@ def verify_bundle(
         run.guard(run.check_approvals)
         run.guard(run.check_metadata)
     run.guard(lambda: run.check_log(log, log_at_least))
-    return run.report()
+    return Examination(
+        report=run.report(),
+        plan=run.plan,
+        decision=run.decision,
+        evidence=run.evidence,
+        approvals=run.approvals,
+        files=run.small,
+        log_entries=run.log_entries,
+    )
 
 
 class _Verification:
@@ -136,6 +182,9 @@ class _Verification:
         self.small: dict[str, bytes] = {}
         self.plan: StudyPlan | None = None
         self.decision: SignedStatement | None = None
+        self.evidence: OpenedEvidence | None = None
+        self.approvals: ApprovalCount | None = None
+        self.log_entries: tuple[LogEntry, ...] | None = None
         self.release_bytes = b""
 
     def add(self, name: str, status: Any, detail: str) -> None:
@@ -310,7 +359,7 @@ class _Verification:
 
     def check_evidence(self, seen_heads: Mapping[str, Sequence[SeenHead]]) -> None:
         assert self.plan is not None
-        opened = OpenedEvidence(
+        self.evidence = opened = OpenedEvidence(
             Evidence(
                 plan=self.plan,
                 plan_envelope=self.small.get(PLAN_SIGNATURE, b""),
@@ -323,6 +372,10 @@ class _Verification:
                 seen_heads=seen_heads,
             )
         )
+        if not any(seen_heads.values()):
+            self.add(
+                "ledger receipts", "unchecked", "not given: an old copy of a ledger would not be noticed"
+            )
         for site in opened.sites:
             ledger = opened.ledgers.get(site)
             if ledger is None:
@@ -370,7 +423,7 @@ class _Verification:
     def check_approvals(self) -> None:
         assert self.plan is not None
         given = {n: d for n, d in sorted(self.small.items()) if n.startswith("attestations/approvals/")}
-        count = check_approvals(self.need(DECISION), given.values(), plan=self.plan)
+        self.approvals = count = check_approvals(self.need(DECISION), given.values(), plan=self.plan)
         faults = [] if count.sufficient else [f"{count.figure}; needed: {count.bound}"]
         faults += count.rejected
         self.add("approvals", "fail" if faults else "pass", "; ".join(faults) or count.figure)
@@ -423,6 +476,7 @@ class _Verification:
         except EvidenceError as error:
             self.add("release log", "fail", error.message)
             return
+        self.log_entries = tuple(about)
         withdrawn = [entry for entry in about if entry.kind == "withdrawal"]
         coordinator = None if self.plan is None else self.plan.roster.coordinator_key
         if withdrawn:

@@ -94,7 +94,12 @@ def make_keys() -> dict[str, SigningKey]:
 
 
 def plan_value(
-    keys: dict[str, SigningKey], *, autoencoder_sha256: str, prior_sha256: str, mode: str = "distributed"
+    keys: dict[str, SigningKey],
+    *,
+    autoencoder_sha256: str,
+    prior_sha256: str,
+    mode: str = "distributed",
+    title: str = "Rare lesions at three hospitals",
 ) -> dict[str, Any]:
     """A plan as a parsed document, calibrated."""
     epsilon = None if mode == "unprotected" else 8.0
@@ -105,7 +110,7 @@ def plan_value(
     return {
         "format": "lacuna/study-plan/v1",
         "study_id": "rare-lesion",
-        "title": "Rare lesions at three hospitals",
+        "title": title,
         "roster": {
             "coordinator_key": keys["coordinator"].verify_key.hex(),
             "officer_key": keys["officer"].verify_key.hex(),
@@ -222,7 +227,7 @@ def make_verdict(
     return sign_verdict(make_verdict_statement(plan, **{**values, **changes}), study_keys[site])
 
 
-def make_study(root: Path, *, mode: str = "distributed") -> Study:
+def make_study(root: Path, **plan_choices: str) -> Study:
     """Everything up to the gate."""
     keys = make_keys()
     rng = np.random.default_rng(0)
@@ -234,7 +239,7 @@ def make_study(root: Path, *, mode: str = "distributed") -> Study:
     autoencoder_sha256 = save_tensors(autoencoder, weights, {"what": "autoencoder"})
     candidate_sha256 = save_tensors(candidate, {"w": weights["w"] + 1}, {"what": "denoiser"})
     plan = parse_plan(
-        plan_value(keys, autoencoder_sha256=autoencoder_sha256, prior_sha256=prior_sha256, mode=mode),
+        plan_value(keys, autoencoder_sha256=autoencoder_sha256, prior_sha256=prior_sha256, **plan_choices),
         what="fixture",
     )
     records = attempt_records()
