@@ -66,11 +66,12 @@ def read_input(path: Path, *, what: str) -> bytes:
         raise UsageError(f"{what} {path} cannot be read: {error.strerror}") from error
 
 
-def write_output(path: Path, data: bytes, *, what: str) -> None:
-    """Write an artefact for somebody else. Raises UsageError."""
+def write_output(path: Path, data: bytes, *, what: str, silent: bool = False) -> None:
+    """Write an artefact for somebody else; ``silent`` where JSON is printed. Raises UsageError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
     except OSError as error:
         raise UsageError(f"{what} cannot be written to {path}: {error.strerror}") from error
-    click.echo(f"{what}: {path}")
+    if not silent:
+        click.echo(f"{what}: {path}")

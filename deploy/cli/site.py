@@ -213,6 +213,51 @@ def _keep_plan(plan_root: Path, plan: StudyPlan, target: Path) -> None:
     part.rename(target)
 
 
+@command.command("audit-mechanism")
+@click.argument("plan_root", metavar="PLAN", type=PathType)
+@click.option("--out", type=PathType, help="Statement signed by this site, a file for the coordinator.")
+@click.option("--device", default="cpu", show_default=True, help="Torch device.")
+@click.option("--threads", type=int, help="CPU threads for torch.")
+@json_option
+def audit_mechanism(
+    plan_root: Path, out: Path | None, device: str, threads: int | None, as_json: bool
+) -> None:
+    """Check that this installation does what a plan claims: noise, clipping, sampling, masks.
+
+    Runs the production path for all sites of the plan in one process, on simulated patients. It reads no
+    scan, no ledger and no key of a study; whoever has the plan package can run it.
+    """
+    from client.mechanism_audit import audit_dict, audit_installation, audit_table, installation_statement
+    from client.workbench import set_threads
+    from privacy.audit.mechanism_statement import sign_mechanism
+
+    package = open_plan_package(plan_root)
+    home = None if out is None else SiteHome.default()
+    key = None if home is None else home.identity()
+    set_threads(threads)
+    with progress_bars() as progress:
+        found = audit_installation(package, device=device, progress=progress)
+    if as_json:
+        print_json(audit_dict(found))
+    else:
+        print_table(f"mechanism audit, plan {package.plan.study_id}", *audit_table(found))
+        click.echo(
+            f"{found.canaries} canaries; a true mechanism fails this audit with probability at most "
+            f"{found.false_failure_probability:.1g}"
+        )
+    if out is not None and home is not None and key is not None:
+        statement = installation_statement(package, found, site_id=home.site_id)
+        write_output(out, sign_mechanism(statement, key), what="mechanism audit", silent=as_json)
+    if not found.passed:
+        raise RefusedError(
+            "this installation is not the mechanism that the plan claims: "
+            + ", ".join(check.name for check in found.failed),
+            remedy="do not serve with it; compare versions with the other sites and report what was measured",
+        )
+    if not as_json:
+        click.echo("no violation found, at this power")
+
+
 @command.command("serve")
 @study_argument
 @click.option("--socket", "socket_path", type=PathType, help="Unix socket for the courier.")
