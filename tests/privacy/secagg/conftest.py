@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,9 @@ from privacy.secret_random import SecretRandom
 from shared.identity import SigningKey
 from shared.study_plan import default_threshold
 from shared.wire import Envelope, decode, encode
+
+if str(Path(__file__).parent) not in sys.path:
+    sys.path.insert(0, str(Path(__file__).parent))
 
 STUDY = "ab" * 32
 WEIGHTS, WORK = b"\x01" * 32, b"\x02" * 32
