@@ -2,7 +2,7 @@
 
 A masked vector is y_i = x_i + s_i + sum over peers j of (+1 or -1) p_ij, with s_i the stream of i's mask seed
 and p_ij the stream of the mask keys of i and j *under the terms that i uploaded on*. The streams are known
-where t shares of the seed, or of one of the two mask keys, are known, and look random otherwise (Shamir, PRG).
+where t shares of the seed, or of one of the two mask keys, are known, and look random else (Shamir, PRG).
 A combination of the y_i determines the same combination of the x_i exactly if its unknown streams cancel: it
 is in the left null space of the matrix with a row for each vector and a column for each unknown stream.
 Nothing else is assumed about survivor sets, conditions or signatures.

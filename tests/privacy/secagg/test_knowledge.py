@@ -57,7 +57,7 @@ def test_shares_below_the_threshold_and_the_same_share_twice_count_for_nothing()
             held.learn("a", owner, "seed")
         held.learn("b", owner, "seed")
     assert held.sums() == []
-    everything = {dealer: SITES for dealer in SITES}
+    everything = dict.fromkeys(SITES, SITES)
     assert held.with_colluders(["d"], everything).sums(["d"]) == [("a", "b", "c")]
     assert held.sums() == []
 

@@ -1,9 +1,9 @@
 """Random schedules: messages dropped, doubled, replayed, reordered, late; crashes; attempts in parallel.
 
-Every site gives a power of two, so a total shows whose vectors are in it. After each schedule: every completed
-attempt gave the sum over exactly its survivors, every other one ended without; no site revealed both secrets
-of a peer; what was revealed determines, by linear algebra, no sum over fewer than t sites, nor, with c of the
-sites colluding, over fewer than t - c others; no key, seed or mask served twice.
+Every site gives a power of two, so a total shows whose vectors are in it. After each schedule: every
+completed attempt gave the sum over exactly its survivors, every other one ended without; no site revealed
+both secrets of a peer; what was revealed determines, by linear algebra, no sum over fewer than t sites, nor,
+with c of the sites colluding, over fewer than t - c others; no key, seed or mask served twice.
 """
 
 from __future__ import annotations
