@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -108,7 +109,7 @@ class SiteAgent:
         ledger: Open, exclusive.
         workbench: Computes on patients.
         entropy: Secret randomness of the protocol's keys.
-        wall_clock: For the status file (unix seconds).
+        wall_clock: For the status file and the plan's last day (unix seconds).
     """
 
     def __init__(
@@ -160,6 +161,8 @@ class SiteAgent:
             return self._guarded(lambda: self._dispatch(envelope), envelope.kind)
 
     def _dispatch(self, envelope: Envelope) -> Envelope:
+        if self._plan.expired(datetime.fromtimestamp(self._clock(), UTC).date()):
+            raise RequestRefusedError("plan_expired", f"the plan expired on {self._plan.expires}")
         if envelope.kind == HELLO:
             return self._hello(Hello.from_envelope(envelope))
         if envelope.kind == EXCHANGE:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -59,13 +60,35 @@ class SitePolicy(BaseModel):
     allowed_trainable: tuple[TrainableSubset, ...] = ("all", "attention", "conditioning", "low_rank")
     allow_unprotected: bool = False
     """True admits mode ``unprotected``, which plans may use with simulated data only."""
+    max_auc: float = Field(default=0.6, ge=0.5, lt=1)
+    """Largest AUC up to which a plan's gate may let the membership attack pass."""
+    max_power_at_auc: float = Field(default=0.9, gt=0.5, lt=1)
+    min_power: float = Field(default=0.5, ge=0, le=1)
+    """Least power of the audit, against an attack of AUC ``max_power_at_auc``."""
+    allow_low_power: bool = False
+    """True admits plans that release also where the audit is too blind to see much."""
+    min_significance: float = Field(default=0.05, gt=0, lt=0.5)
+    """A plan with a smaller level blocks less easily."""
+    min_copy_samples: int = Field(default=64, ge=0)
+    max_copied_share: float = Field(default=0.1, ge=0, le=1)
+    """Largest share of the declared patients that the gate may let be copied."""
+    max_audit_attempts: int = Field(default=2, ge=1)
+    min_site_approvals: int = Field(default=2, ge=1)
     require_officer_approval: bool = True
+    require_expiry: bool = True
+    """False admits plans without a last day."""
     coordinator_fingerprint: Fingerprint | None = None
     officer_fingerprint: Fingerprint | None = None
     peers: dict[Identifier, Fingerprint] = Field(default_factory=dict)
 
-    def refusals(self, plan: StudyPlan, *, own_site: str, own_key: VerifyKey) -> tuple[str, ...]:
-        """Every clause of this policy that the plan breaks, in words; empty if it may be approved."""
+    def refusals(
+        self, plan: StudyPlan, *, own_site: str, own_key: VerifyKey, today: date | None = None
+    ) -> tuple[str, ...]:
+        """Every clause of this policy that the plan breaks, in words; empty if it may be approved.
+
+        Args:
+            today: Day to hold the plan's last day against; by default the present, UTC.
+        """
         privacy, secagg = plan.privacy, plan.secure_aggregation
         failed: list[str] = []
 
@@ -114,8 +137,43 @@ class SitePolicy(BaseModel):
             plan.release.officer_approval or not self.require_officer_approval,
             "require_officer_approval: the plan lets a release pass without the compliance officer",
         )
+        failed.extend(self._audit_refusals(plan))
+        if plan.expires is None and self.require_expiry:
+            failed.append("require_expiry: the plan has no last day")
+        if plan.expired(today or datetime.now(UTC).date()):
+            failed.append(f"expired: the plan's last day was {plan.expires}")
         failed.extend(self._identity_refusals(plan, own_site=own_site, own_key=own_key))
         return tuple(failed)
+
+    def _audit_refusals(self, plan: StudyPlan) -> list[str]:
+        """Where the plan's audit or gate is weaker than this policy asks for."""
+        audit = plan.audit
+        share = audit.max_copied_patients / plan.privacy.declared_patients
+        at_most: dict[str, tuple[float, float]] = {
+            "max_auc": (audit.max_auc, self.max_auc),
+            "max_power_at_auc": (audit.power_at_auc, self.max_power_at_auc),
+            "max_copied_share": (share, self.max_copied_share),
+            "max_audit_attempts": (plan.privacy.max_audit_attempts, self.max_audit_attempts),
+        }
+        at_least: dict[str, tuple[float, float]] = {
+            "min_power": (audit.min_power, self.min_power),
+            "min_significance": (audit.significance, self.min_significance),
+            "min_copy_samples": (audit.copy_samples, self.min_copy_samples),
+            "min_site_approvals": (plan.release.site_approvals, self.min_site_approvals),
+        }
+        failed = [
+            f"{clause}: plan has {found:g}, policy allows at most {bound:g}"
+            for clause, (found, bound) in at_most.items()
+            if found > bound
+        ]
+        failed += [
+            f"{clause}: plan has {found:g}, policy wants at least {bound:g}"
+            for clause, (found, bound) in at_least.items()
+            if found < bound
+        ]
+        if audit.low_power == "accept" and not self.allow_low_power:
+            failed.append("allow_low_power: the plan releases also where the audit is too blind to see much")
+        return failed
 
     def _identity_refusals(self, plan: StudyPlan, *, own_site: str, own_key: VerifyKey) -> list[str]:
         failed: list[str] = []

@@ -90,6 +90,8 @@ class Demo:
         for name in self.names:
             if self.options.leaky:
                 self._lacuna(name, "site", "policy", "--set", "allow_unprotected=true")
+            for clause in study.policy_changes:
+                self._lacuna(name, "site", "policy", "--set", clause)
             self._lacuna(
                 name, "site", "import", "--plan", str(self._exchange("plan")), *study.import_choices(name)
             )
@@ -324,6 +326,8 @@ class Scans(Protocol):
     measured: tuple[str, ...]
     samples: int
     description: str
+    policy_changes: tuple[str, ...]
+    """Clauses in which the hospitals of this demo agree to less than a policy asks for by itself."""
 
     def pretrain(self) -> None: ...
     @property
@@ -337,6 +341,7 @@ class SimulatedScans:
     rare = "rare"
     measured: tuple[str, ...] = ("lesion",)
     samples = 240
+    policy_changes: tuple[str, ...] = ()
     PATIENTS = 84
     FRACTIONS = {"common": 0.5, "rare": 0.5}  # noqa: RUF012
 
@@ -387,6 +392,7 @@ class DecathlonScans:
     rare = "small"
     measured: tuple[str, ...] = ("anterior", "posterior")
     samples = 40
+    policy_changes: tuple[str, ...] = ("allow_low_power=true",)
     PUBLIC_PATIENTS = 30
     SPLIT_SEED = 1
 

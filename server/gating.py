@@ -36,8 +36,10 @@ def decide(store: StudyStore, key: SigningKey) -> GateDecision:
         )
     if store.bundle_path.exists():
         raise CoordinatorError(f"study {package.plan.study_id!r} is released already: {store.bundle_path}")
+    at = now_utc()
     decision = evaluate_gate(
         GateInputs(
+            at=at,
             plan=package.plan,
             plan_envelope=package.envelope,
             ledgers=_by_site(store.evidence / "ledgers"),
@@ -49,7 +51,7 @@ def decide(store: StudyStore, key: SigningKey) -> GateDecision:
             seen_heads=_seen_heads(store),
         )
     )
-    write_private(store.decision_path, sign_decision(decision, key, at=now_utc()))
+    write_private(store.decision_path, sign_decision(decision, key, at=at))
     return decision
 
 

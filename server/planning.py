@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,6 +50,7 @@ class PlanChoices:
     low_power: Literal["refuse", "accept"] = "refuse"
     site_approvals: int | None = None
     simulated: bool = False
+    expires: date | None = None
     spacing_mm: tuple[float, float, float] | None = None
 
 
@@ -114,6 +116,7 @@ def draft_plan(choices: PlanChoices, *, roster: RosterClause, public: Path) -> S
             "format": "lacuna/study-plan/v1",
             "study_id": choices.study_id,
             "title": choices.title or choices.study_id,
+            **({} if choices.expires is None else {"expires": choices.expires.isoformat()}),
             "roster": roster.model_dump(mode="json"),
             "data": {
                 "conditions": conditions,

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privacy.audit.counts import CountsLayout
+from privacy.audit.verdict_statement import VerdictMismatchError, open_verdict
 from privacy.dp.execution_plan import check_plan
+from privacy.ledger_chain import read_export
 from privacy.ledger_continuity import ShownLedger
 from server.attempt import Attempt, AttemptAbortedError, AttemptTask
 from server.exchange import Exchanger, Pace
@@ -29,7 +32,6 @@ from server.site_directory import SiteDirectory
 from server.study_store import StudyStore
 from server.transport import Transport
 from shared.agent_messages import VERDICT_REPLY, VerdictRequest
-from shared.attestation import open_statement
 from shared.canonical import canonical_json, parse_json
 from shared.errors import CoordinatorError, LacunaError, MalformedMessageError, PeerError
 from shared.home import write_private
@@ -285,7 +287,7 @@ class RoundDriver:
                 )
             asked = {site: request.to_envelope() for site in self._directory.reachable if site in missing}
             if asked:
-                lost = self._exchanger.send(asked, on_reply=self._keep_verdict)
+                lost = self._exchanger.send(asked, on_reply=partial(self._keep_verdict, request))
                 if lost:
                     self._event("verdicts_missing", lost=lost)
             if self._sites_with_verdict() >= set(request.survivors) or self._clock() >= deadline:
@@ -293,13 +295,26 @@ class RoundDriver:
             time.sleep(self._pace.poll_s)
         return tuple(sorted(self._sites_with_verdict()))
 
-    def _keep_verdict(self, site_id: str, reply: Envelope) -> None:
+    def _keep_verdict(self, request: VerdictRequest, site_id: str, reply: Envelope) -> None:
+        """Keep a site's verdict and ledger, if they are about what was asked for and hold by themselves.
+
+        Raises:
+            MalformedMessageError, PeerError: something else; the gate could do nothing with it.
+        """
         if reply.kind != VERDICT_REPLY or len(reply.blobs) != 2:
             raise MalformedMessageError(f"{site_id} answered with a {reply.kind!r} in place of a verdict")
         key = self._plan.site(site_id).verify_key
         verdict, ledger = reply.blobs
-        open_statement(verdict, key=key, predicate_type="verdict/v1", what=f"verdict of {site_id}")
-        open_statement(ledger, key=key, predicate_type="ledger/v1", what=f"ledger of {site_id}")
+        statement = open_verdict(verdict, key=key, what=f"verdict of {site_id}")
+        statement.check(self._plan)
+        asked = (site_id, request.candidate_sha256, request.run_id, request.attempt)
+        given = (statement.site_id, statement.candidate_sha256, statement.run_id, statement.attempt)
+        if given != asked or (statement.survivors, statement.pooled_counts) != (
+            request.survivors,
+            request.pooled_counts,
+        ):
+            raise VerdictMismatchError(f"the verdict of {site_id} is not about the audit that was asked for")
+        read_export(ledger, key, what=f"ledger of {site_id}")
         for folder, data in (("ledgers", ledger), ("verdicts", verdict)):
             path = self._store.evidence / folder / f"{site_id}.dsse.json"
             path.parent.mkdir(parents=True, exist_ok=True)

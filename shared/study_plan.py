@@ -11,6 +11,7 @@ import itertools
 import math
 import re
 import tomllib
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -218,6 +219,8 @@ class StudyPlan(Clause):
     format: Literal["lacuna/study-plan/v1"]
     study_id: Identifier
     title: str = Field(max_length=200)
+    expires: date | None = None
+    """Last day on which sites train, the gate decides and anybody approves; None: no such day."""
     roster: RosterClause
     data: DataClause
     model: ModelClause
@@ -249,12 +252,19 @@ class StudyPlan(Clause):
         return len(self.roster.sites)
 
     def canonical(self) -> bytes:
-        """RFC 8785 bytes: what is hashed and signed."""
-        return canonical_json(self.model_dump(mode="json"))
+        """RFC 8785 bytes: what is hashed and signed. A plan that never expires has no such key."""
+        value = self.model_dump(mode="json")
+        if self.expires is None:
+            del value["expires"]
+        return canonical_json(value)
 
     def digest(self) -> bytes:
         """32 bytes that stand for exactly this plan."""
         return digest("lacuna/study-plan/v1", self.canonical())
+
+    def expired(self, day: date) -> bool:
+        """Whether ``day`` is after the plan's last."""
+        return self.expires is not None and day > self.expires
 
     def site(self, site_id: str) -> SiteEntry:
         """The roster's entry. Raises InvalidPlanError if there is none."""

@@ -53,6 +53,7 @@ def plan_document(keys: Keys | None = None) -> dict[str, Any]:
         "format": "lacuna/study-plan/v1",
         "study_id": "small",
         "title": "a small plan",
+        "expires": "2099-12-31",
         "roster": {
             "coordinator_key": keys.coordinator.verify_key.hex(),
             "officer_key": keys.officer.verify_key.hex(),

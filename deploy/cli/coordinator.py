@@ -141,6 +141,13 @@ def plan_group() -> None:
 @click.option("--min-power", type=float, default=0.5, show_default=True, help="Least power of the audit.")
 @click.option("--low-power", type=click.Choice(["refuse", "accept"]), default="refuse", show_default=True)
 @click.option("--simulated", is_flag=True, help="Every scan of this study is simulated.")
+@click.option(
+    "--valid-days",
+    type=click.IntRange(1, 3650),
+    default=730,
+    show_default=True,
+    help="Days until nobody trains, approves or releases under this plan any more.",
+)
 def plan_new(
     study_id: str,
     title: str,
@@ -161,8 +168,11 @@ def plan_new(
     min_power: float,
     low_power: str,
     simulated: bool,
+    valid_days: int,
 ) -> None:
     """Propose a plan: noise, ranges and thresholds follow from a few choices. Edit plan.toml if you must."""
+    from datetime import UTC, datetime, timedelta
+
     from server.coordinator_home import CoordinatorHome
     from server.planning import PlanChoices, draft_plan
 
@@ -187,6 +197,7 @@ def plan_new(
         min_power=min_power,
         low_power=low_power,  # type: ignore[arg-type]
         simulated=simulated,
+        expires=datetime.now(UTC).date() + timedelta(days=valid_days),
     )
     plan = draft_plan(choices, roster=home.roster(study_id), public=home.public(study_id))
     path = home.draft_path(study_id)

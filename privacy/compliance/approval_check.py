@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from privacy.compliance.dsse import EvidenceError, SignedStatement, open_signed, sha256_hex
+from privacy.compliance.validity import check_in_force
 from shared.study_plan import StudyPlan
 
 DECISION_PREDICATE = "gate-decision/v1"
@@ -121,6 +122,7 @@ def check_approvals(decision: bytes, approvals: Iterable[bytes], *, plan: StudyP
                 raise EvidenceError(f"approval by {who}: it does not say release")
             if statement.predicate.get("plan_sha256") != plan.digest().hex():
                 raise EvidenceError(f"approval by {who}: it is about another plan")
+            check_in_force(plan, statement.predicate.get("at"), what=f"approval by {who}")
             if site_id is None:
                 officer = True
             else:

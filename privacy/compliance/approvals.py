@@ -24,6 +24,7 @@ from privacy.compliance.approval_check import (
     open_decision,
 )
 from privacy.compliance.dsse import sha256_hex
+from privacy.compliance.validity import check_in_force, now_utc
 from shared.attestation import Statement, Subject, sign_statement
 from shared.errors import RefusedError, UsageError
 from shared.identity import SigningKey
@@ -64,7 +65,13 @@ def approve_plan(plan: StudyPlan, *, key: SigningKey, site_id: str) -> bytes:
 
 
 def approve_decision(
-    decision: bytes, *, plan: StudyPlan, key: SigningKey, role: Role, site_id: str | None = None
+    decision: bytes,
+    *,
+    plan: StudyPlan,
+    key: SigningKey,
+    role: Role,
+    site_id: str | None = None,
+    at: str | None = None,
 ) -> bytes:
     """Sign an approval of a gate decision, after checking it.
 
@@ -75,12 +82,13 @@ def approve_decision(
         key: The signer's identity.
         role: ``site`` (then ``site_id`` is needed) or ``officer``.
         site_id: The approving site.
+        at: Time of the approval, ``2026-01-31T12:00:00Z``; by default the present, by the signer's clock.
 
     Returns:
         Bytes of a ``release-approval/v1`` envelope.
 
     Raises:
-        EvidenceError: the decision does not verify, or is about another plan.
+        EvidenceError: the decision does not verify, or is about another plan, or the plan has expired.
         RefusedError: it does not say "release", or lists a failed condition.
         UsageError: the key is not the one that the plan names for this role.
     """
@@ -93,6 +101,8 @@ def approve_decision(
             f"the key given is not the one that the plan names for the {who}",
             remedy="sign with the key that was enrolled for this study",
         )
+    at = now_utc() if at is None else at
+    check_in_force(plan, at, what="approval")
     statement = open_decision(decision, plan=plan)
     failed = failed_conditions(statement.predicate)
     if statement.predicate.get("decision") != "release" or failed:
@@ -110,6 +120,7 @@ def approve_decision(
             "decision": "release",
             "role": role,
             "site_id": site_id,
+            "at": at,
         },
     )
     return sign_statement(signed, key)

@@ -22,6 +22,7 @@ from privacy.audit.verdict import PlantedLeak, PooledVerdict, compute_verdict
 from privacy.compliance.dsse import EvidenceError, SignedStatement, open_signed, sha256_hex
 from privacy.compliance.epsilon import SpentEpsilon, spent_epsilon
 from privacy.compliance.ledger_check import ChargedEvent, ChargeEntry, CheckedLedger, SeenHead, open_ledger
+from privacy.compliance.validity import check_in_force
 from privacy.dp.accounting import PrivacyEvent
 from privacy.dp.execution_plan import ExecutionPlan, check_plan
 from shared.errors import LacunaError
@@ -252,6 +253,11 @@ def _plan_sound(o: OpenedEvidence) -> str:
     return f"at most epsilon {planned:.4g} when every allowed attempt is charged"
 
 
+def _plan_in_force(o: OpenedEvidence) -> str:
+    check_in_force(o.plan, o.evidence.decision.get("evaluated_at"), what="gate decision")
+    return "no last day" if o.plan.expires is None else f"until {o.plan.expires.isoformat()}"
+
+
 def _ledgers_present(o: OpenedEvidence) -> str:
     faults = [f"ledger of {s}: missing" for s in o.sites if s not in o.evidence.ledgers]
     faults += [f"ledger of {s}: not a site of this study" for s in set(o.evidence.ledgers) - set(o.sites)]
@@ -479,6 +485,7 @@ REQUIRED_CONDITIONS: dict[str, Callable[[OpenedEvidence], str]] = {
     "plan-signed": _plan_signed,
     "plan-approved": _plan_approved,
     "plan-sound": _plan_sound,
+    "plan-in-force": _plan_in_force,
     "ledgers-present": _ledgers_present,
     "ledgers-verify": _ledgers_verify,
     "ledgers-fresh": _ledgers_fresh,

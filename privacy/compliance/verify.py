@@ -31,6 +31,7 @@ from privacy.compliance.recheck import (
     recheck_conditions,
 )
 from privacy.compliance.release_log import LogEntry, LogHead, read_log_file
+from privacy.compliance.validity import check_in_force
 from shared.errors import LacunaError
 from shared.identity import VerifyKey
 from shared.study_plan import StudyPlan, parse_plan
@@ -273,6 +274,10 @@ class _Verification:
             faults.append("it rests on another gate decision")
         if predicate.get("candidate_sha256") != self.digests.get(DENOISER):
             faults.append("it releases another candidate than models/denoiser.safetensors")
+        try:
+            check_in_force(self.plan, predicate.get("at"), what="release")
+        except EvidenceError as error:
+            faults.append(error.message)
         if predicate.get("synthetic") is not True:
             faults.append("it does not state that samples are synthetic")
         self.add("release statement", "fail" if faults else "pass", _joined(RELEASE, faults, "signed"))

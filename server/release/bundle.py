@@ -23,7 +23,8 @@ from privacy.compliance.approvals import (
     failed_conditions,
     open_decision,
 )
-from privacy.compliance.dsse import SignedStatement, sha256_hex
+from privacy.compliance.dsse import EvidenceError, SignedStatement, sha256_hex
+from privacy.compliance.validity import check_in_force
 from privacy.compliance.verify import verify_bundle
 from server.release.log import append_release
 from server.release.model_card import model_card
@@ -113,7 +114,7 @@ def write_bundle(
         raise CoordinatorError(f"{path} exists already; a released bundle is never overwritten")
     decision = open_decision(evidence.decision, plan=plan)
     approvals = check_approvals(evidence.decision, evidence.approvals, plan=plan)
-    reasons = _objections(evidence, decision, approvals, autoencoder=autoencoder, candidate=candidate)
+    reasons = _objections(evidence, decision, approvals, autoencoder=autoencoder, candidate=candidate, at=at)
     if reasons:
         raise ReleaseRefusedError(
             "no release:\n  - " + "\n  - ".join(reasons),
@@ -160,6 +161,7 @@ def _objections(
     *,
     autoencoder: Path,
     candidate: Path,
+    at: str,
 ) -> list[str]:
     """Every reason against this release, in words."""
     reasons = []
@@ -180,6 +182,10 @@ def _objections(
             reasons.append(f"{name}: the gate's decision does not name it")
         elif given[name] != decision.subjects[name]:
             reasons.append(f"{name}: not the one that the gate decided on")
+    try:
+        check_in_force(evidence.plan, at, what="release")
+    except EvidenceError as error:
+        reasons.append(error.message)
     if given[AUTOENCODER_NAME] != evidence.plan.model.autoencoder_sha256:
         reasons.append(f"{AUTOENCODER_NAME}: not the autoencoder that the plan names")
     return reasons

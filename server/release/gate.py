@@ -114,9 +114,11 @@ def sign_decision(decision: GateDecision, key: SigningKey, *, at: str) -> bytes:
     """The coordinator's ``gate-decision/v1`` envelope; subjects are named as the bundle will name them.
 
     Raises:
-        CoordinatorError: the key is not the plan's coordinator's.
+        CoordinatorError: the key is not the plan's coordinator's, or the gate was evaluated at another time.
     """
     inputs = decision.inputs
+    if inputs.at not in ("", at):
+        raise CoordinatorError(f"the gate was evaluated at {inputs.at}, not at {at}")
     if key.verify_key.hex() != inputs.plan.roster.coordinator_key:
         raise CoordinatorError("a gate decision is signed with the coordinator's key that the plan names")
     files = {

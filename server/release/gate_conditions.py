@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from privacy.audit.verdict import CONDITIONS as AUDIT_CONDITIONS
 from privacy.compliance.approvals import check_plan_approval
+from privacy.compliance.validity import signed_day
 from privacy.dp.accounting import PrivacyEvent
 from privacy.dp.execution_plan import ExecutionPlan, check_plan
 from privacy.ledger_chain import read_export
@@ -27,6 +28,7 @@ TITLES = {
     "plan-signed": "The plan is signed by its coordinator",
     "plan-approved": "Every site approved this plan",
     "plan-sound": "The plan's noise keeps the promised epsilon, ranges cannot wrap",
+    "plan-in-force": "The plan had not expired when the gate decided",
     "ledgers-present": "A ledger from every site",
     "ledgers-verify": "Every ledger is signed by its site and its chain holds",
     "ledgers-fresh": "No ledger is older than one seen before",
@@ -100,6 +102,15 @@ def _plan_sound(e: GateEvidence) -> Result:
     execution = check_plan(e.plan)
     planned = execution.planned_epsilon().reported
     return True, f"epsilon {planned:.4g} at most", f"<= {_words_epsilon(e.plan.privacy.epsilon)}", ""
+
+
+def _plan_in_force(e: GateEvidence) -> Result:
+    if e.plan.expires is None:
+        return True, e.inputs.at or "no time", "no last day", ""
+    day = signed_day(e.inputs.at, what="gate decision")
+    last = e.plan.expires.isoformat()
+    late = e.plan.expired(day)
+    return not late, day.isoformat(), f"<= {last}", f"the plan expired on {last}" if late else ""
 
 
 def _ledgers_present(e: GateEvidence) -> Result:
@@ -360,6 +371,7 @@ CHECKS: dict[str, Callable[[GateEvidence], Result]] = {
     "plan-signed": _plan_signed,
     "plan-approved": _plan_approved,
     "plan-sound": _plan_sound,
+    "plan-in-force": _plan_in_force,
     "ledgers-present": _ledgers_present,
     "ledgers-verify": _ledgers_verify,
     "ledgers-fresh": _ledgers_fresh,

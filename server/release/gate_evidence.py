@@ -30,6 +30,7 @@ class GateInputs:
         candidate_sha256: Hex SHA-256 of the denoiser file that would be released.
         autoencoder_sha256: The same of the autoencoder file.
         attempts: The coordinator's record of every attempt, of both purposes.
+        at: Time of the decision, ``2026-01-31T12:00:00Z``; needed where the plan has a last day.
         seen_heads: Heads of the sites' ledgers that the coordinator saw in key messages.
     """
 
@@ -40,6 +41,7 @@ class GateInputs:
     candidate_sha256: str
     autoencoder_sha256: str
     attempts: Sequence[AttemptRecord]
+    at: str = ""
     plan_approvals: Mapping[str, bytes] | None = None
     seen_heads: Mapping[str, Sequence[LedgerHead]] = field(default_factory=dict)
 
@@ -84,7 +86,8 @@ class GateEvidence:
                         inputs.ledgers[site_id], entry.verify_key, what=f"ledger of {site_id}"
                     )
             except Exception as error:  # fail closed, see evaluate_gate
-                self.ledger_faults[site_id] = in_words(error)
+                words, name = in_words(error), f"ledger of {site_id}"
+                self.ledger_faults[site_id] = words if name in words else f"{name}: {words}"
             try:
                 if site_id in inputs.verdicts:
                     verdict = open_verdict(

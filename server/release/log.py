@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
@@ -20,17 +19,15 @@ from privacy.compliance.release_log import (
     LogEntry,
     read_log,
 )
+from privacy.compliance.validity import now_utc
 from shared.attestation import Statement, Subject, sign_statement
 from shared.errors import CoordinatorError
 from shared.identity import SigningKey
 
+__all__ = ["append_release", "append_withdrawal", "now_utc"]
+
 EntryKind = Literal["release", "withdrawal"]
 MAX_REASON_CHARACTERS = 2000
-
-
-def now_utc() -> str:
-    """The present time as ``2026-01-31T12:00:00Z``."""
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def append_release(path: Path, *, bundle_sha256: str, study_id: str, key: SigningKey, at: str) -> LogEntry:

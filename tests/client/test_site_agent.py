@@ -98,6 +98,16 @@ def test_another_plan_in_the_hello_is_refused(trio: Trio, caplog: pytest.LogCapt
     refused_and_sound(trio, caplog, "other_plan", reply)
 
 
+def test_nothing_is_served_under_an_expired_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LACUNA_COUNTER_DIR", str(tmp_path / "counters"))
+    trio = Trio(tmp_path, expires="2026-01-31")
+    try:
+        assert reason(trio.agents[0].handle(hello(trio))) == "plan_expired"
+        assert trio.charges() == [] and trio.benches[0].calls == []
+    finally:
+        trio.close()
+
+
 def test_keys_for_another_plan_are_refused(trio: Trio, caplog: pytest.LogCaptureFixture) -> None:
     server = trio.set_up()
     request = server.build_upload_requests(weights_hash=bytes(32), request_hash=bytes(32))["site-0"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,17 @@ ONE_CLAUSE: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("allowed_presets", {"allowed_presets": ("tiny",)}, {}),
     ("allowed_trainable", {"allowed_trainable": ("attention", "low_rank")}, {}),
     ("require_officer_approval", {}, {"release__officer_approval": False}),
+    ("max_auc", {}, {"audit__max_auc": 0.61}),
+    ("max_power_at_auc", {}, {"audit__power_at_auc": 0.95}),
+    ("min_power", {}, {"audit__min_power": 0.49}),
+    ("allow_low_power", {}, {"audit__low_power": "accept"}),
+    ("min_significance", {}, {"audit__significance": 0.01}),
+    ("min_copy_samples", {}, {"audit__copy_samples": 63}),
+    ("max_copied_share", {}, {"audit__max_copied_patients": 11}),
+    ("max_audit_attempts", {"max_audit_attempts": 1}, {}),
+    ("min_site_approvals", {}, {"release__site_approvals": 1}),
+    ("require_expiry", {}, {"expires": ...}),
+    ("expired", {}, {"expires": "2026-01-31"}),
     ("coordinator_fingerprint", {"coordinator_fingerprint": None}, {}),
     ("coordinator_fingerprint", {"coordinator_fingerprint": OTHER}, {}),
     ("officer_fingerprint", {"officer_fingerprint": None}, {}),
@@ -75,6 +87,20 @@ def test_each_clause_refuses_by_its_name_alone(
 ) -> None:
     failed = refusals(pinned(**policy), small_plan(KEYS, **plan))
     assert [line.split(":")[0] for line in failed] == [clause]
+
+
+def test_a_plan_expires_after_its_last_day_and_what_is_asked_can_be_waived() -> None:
+    plan = small_plan(KEYS, expires="2026-01-31", audit__low_power="accept")
+    policy = pinned(allow_low_power=True)
+
+    def on(day: date) -> tuple[str, ...]:
+        return policy.refusals(plan, own_site="site-0", own_key=KEYS.sites[0].verify_key, today=day)
+
+    assert on(date(2026, 1, 31)) == ()
+    assert [line.split(":")[0] for line in on(date(2026, 2, 1))] == ["expired"]
+    endless = small_plan(KEYS, expires=...)
+    assert refusals(pinned(require_expiry=False), endless) == ()
+    assert b"expires" not in endless.canonical() and b'"expires":"2026-01-31"' in plan.canonical()
 
 
 def test_unprotected_needs_its_own_clause_and_no_other_lets_it_in() -> None:

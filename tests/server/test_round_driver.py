@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from in_memory_consortium import Consortium
 
 from client.ledger_export import signed_ledger
-from privacy.audit.verdict_statement import open_verdict
+from privacy.audit.verdict_statement import make_verdict_statement, open_verdict, sign_verdict
 from server.gating import decide, keep_ledger
 from server.transport import Fate
+from shared.agent_messages import VERDICT_REPLY
 from shared.checkpoint import load_tensors
 from shared.errors import CoordinatorError, RefusedError
 from shared.study_plan import StudyPlan
@@ -63,6 +65,54 @@ def test_a_whole_study_in_two_exchanges_a_round(make: Callable[..., Consortium])
         statement = open_verdict(verdict, key=consortium.homes[i].identity().verify_key)
         assert statement.pooled_counts == (7,) * len(statement.pooled_counts)
         statement.check(consortium.plan)
+
+
+def other_verdict(**changes: Any) -> Callable[[Consortium, Envelope], tuple[bytes, ...]]:
+    """Site 0 signs a verdict about something else than it was asked about."""
+
+    def forge(consortium: Consortium, reply: Envelope) -> tuple[bytes, ...]:
+        key = consortium.homes[0].identity()
+        honest = open_verdict(reply.blobs[0], key=key.verify_key)
+        fields = {name: getattr(honest, name) for name in MADE_FROM} | changes
+        return sign_verdict(make_verdict_statement(consortium.plan, **fields), key), reply.blobs[1]
+
+    return forge
+
+
+MADE_FROM = (
+    "candidate_sha256", "run_id", "attempt", "site_id", "survivors", "pooled_counts", "planted_leak", "veto",
+)  # fmt: skip
+FORGED: list[tuple[str, Callable[[Consortium, Envelope], tuple[bytes, ...]], str]] = [
+    ("another candidate", other_verdict(candidate_sha256="9" * 64), "not about the audit"),
+    ("another attempt", other_verdict(attempt=77), "not about the audit"),
+    ("another run", other_verdict(run_id="earlier"), "not about the audit"),
+    ("another site's name", other_verdict(site_id="site-1"), "not about the audit"),
+    ("fewer contributors", other_verdict(survivors=("site-2", "site-1", "site-0")), "not about the audit"),
+    ("unsigned", lambda _, reply: (b"{}", reply.blobs[1]), "not a DSSE envelope"),
+    ("in place of the ledger", lambda _, reply: (reply.blobs[0], reply.blobs[0]), "ledger of site-0"),
+]
+
+
+@pytest.mark.parametrize(("forge", "why"), [case[1:] for case in FORGED], ids=[case[0] for case in FORGED])
+def test_a_verdict_about_something_else_is_not_kept(
+    make: Callable[..., Consortium], forge: Callable[[Consortium, Envelope], tuple[bytes, ...]], why: str
+) -> None:
+    consortium = make(n=3, rounds=1)
+    honest = consortium.transport._agents[0]
+
+    def lie(envelope: Envelope, peer: object = None) -> Envelope:
+        reply = honest(envelope)
+        if reply.kind != VERDICT_REPLY:
+            return reply
+        return Envelope(reply.kind, reply.body, forge(consortium, reply))
+
+    consortium.transport._agents[0] = lie
+    assert consortium.driver().run().verdicts == ("site-1", "site-2")
+    assert not (consortium.store.evidence / "ledgers" / "site-0.dsse.json").exists()
+    told = [
+        body["lost"]["site-0"] for _, _, kind, body in consortium.store.events() if kind == "verdicts_missing"
+    ]
+    assert told and why in told[0]
 
 
 def test_nothing_is_run_again_when_the_study_is_done(make: Callable[..., Consortium]) -> None:

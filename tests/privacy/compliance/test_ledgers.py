@@ -256,5 +256,5 @@ def test_prints_of_decision_and_verification_lead_with_the_conclusion(study: Stu
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert text.startswith("This bundle passes every check that was made.")
     assert "files have the released SHA-256" in text and "coordinator key" in text
-    assert "RELEASE: all 26 conditions hold." in text
+    assert "RELEASE: all 27 conditions hold." in text
     assert "REFUSED:" in text and "no-veto" in text

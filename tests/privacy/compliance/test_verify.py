@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from release_study import AT, SITES, Study, attempt_records, make_ledger, make_study, make_verdict
+from release_study import AT, SITES, Study, attempt_records, make_ledger, make_study, make_verdict, reseal
 
 from privacy.compliance.approvals import approve_decision
 from privacy.compliance.ledger_check import SeenHead
@@ -71,32 +71,6 @@ def assert_named(path: Path, name: str, **options: Any) -> None:
     report = verify_bundle(path, **options)
     assert not report.passed
     assert name in failing(report)
-
-
-def reseal(path: Path, study: Study, **predicate: Any) -> None:
-    """The coordinator signs the changed bundle again: hashes hold, so content has to speak."""
-    names = sorted(
-        p.relative_to(path).as_posix()
-        for p in path.rglob("*")
-        if p.is_file() and p.name != "release.dsse.json"
-    )
-    digests = {name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in names}
-    plan = study.plan
-    statement = Statement(
-        predicate_type="release/v1",
-        subjects=tuple(Subject(name=name, sha256=digests[name]) for name in names),
-        predicate={
-            "format": "lacuna/release-bundle/v1",
-            "study_id": plan.study_id,
-            "plan_sha256": plan.digest().hex(),
-            "candidate_sha256": digests["models/denoiser.safetensors"],
-            "decision_sha256": digests.get(DECISION, ""),
-            "synthetic": True,
-            "at": AT,
-            **predicate,
-        },
-    )
-    (path / RELEASE).write_bytes(sign_statement(statement, study.coordinator))
 
 
 def redecide(path: Path, study: Study, change: Callable[[dict[str, Any]], None], **inputs: Any) -> None:

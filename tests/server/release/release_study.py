@@ -21,6 +21,7 @@ from privacy.ledger import Budget, Charge, Ledger
 from server.release.bundle import ReleasedBundle, ReleaseEvidence, write_bundle
 from server.release.gate import GateDecision, GateInputs, evaluate_gate, sign_decision
 from server.study_store import AttemptRecord
+from shared.attestation import Statement, Subject, sign_statement
 from shared.checkpoint import save_tensors
 from shared.identity import SigningKey
 from shared.plan_package import sign_plan
@@ -57,10 +58,11 @@ class Study:
 
     def approvals(self, decision: bytes) -> list[bytes]:
         signed = [
-            approve_decision(decision, plan=self.plan, key=self.keys[s], role="site", site_id=s)
+            approve_decision(decision, plan=self.plan, key=self.keys[s], role="site", site_id=s, at=AT)
             for s in SITES[:2]
         ]
-        return [*signed, approve_decision(decision, plan=self.plan, key=self.keys["officer"], role="officer")]
+        officer = self.keys["officer"]
+        return [*signed, approve_decision(decision, plan=self.plan, key=officer, role="officer", at=AT)]
 
     def evidence(self, decision: bytes | None = None, **changes: Any) -> ReleaseEvidence:
         decision = decision or self.signed_decision()
@@ -111,6 +113,7 @@ def plan_value(
         "format": "lacuna/study-plan/v1",
         "study_id": "rare-lesion",
         "title": title,
+        "expires": "2099-12-31",
         "roster": {
             "coordinator_key": keys["coordinator"].verify_key.hex(),
             "officer_key": keys["officer"].verify_key.hex(),
@@ -252,11 +255,35 @@ def make_study(root: Path, **plan_choices: str) -> Study:
         candidate_sha256=candidate_sha256,
         autoencoder_sha256=autoencoder_sha256,
         attempts=records,
+        at=AT,
     )
     return Study(
         root=root, keys=keys, plan=plan, inputs=inputs, autoencoder=autoencoder, prior=prior,
         candidate=candidate,
     )  # fmt: skip
+
+
+def reseal(path: Path, study: Study, **predicate: Any) -> None:
+    """The coordinator signs a changed bundle again: hashes hold, so content has to speak."""
+    release = "attestations/release.dsse.json"
+    names = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
+    digests = {name: sha256((path / name).read_bytes()) for name in names if name != release}
+    plan = study.plan
+    statement = Statement(
+        predicate_type="release/v1",
+        subjects=tuple(Subject(name=name, sha256=digests[name]) for name in digests),
+        predicate={
+            "format": "lacuna/release-bundle/v1",
+            "study_id": plan.study_id,
+            "plan_sha256": plan.digest().hex(),
+            "candidate_sha256": digests["models/denoiser.safetensors"],
+            "decision_sha256": digests.get("attestations/gate-decision.dsse.json", ""),
+            "synthetic": True,
+            "at": AT,
+            **predicate,
+        },
+    )
+    (path / release).write_bytes(sign_statement(statement, study.coordinator))
 
 
 def sha256(data: bytes) -> str:

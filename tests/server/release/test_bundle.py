@@ -86,7 +86,8 @@ def test_one_site_approving_twice_counts_once(study: Study) -> None:
 
 def test_approvals_of_another_decision_or_by_strangers_do_not_count(study: Study, tmp_path: Path) -> None:
     decision = study.signed_decision()
-    other = sign_decision(study.decide(), study.coordinator, at="2026-02-01T00:00:00Z")
+    later = "2026-02-01T00:00:00Z"
+    other = sign_decision(study.decide(at=later), study.coordinator, at=later)
     assert other != decision
     with pytest.raises(ReleaseRefusedError, match="another gate decision"):
         study.release(tmp_path / "bundle", decision=decision, approvals=study.approvals(other))

@@ -209,7 +209,7 @@ def test_a_plan_weakened_after_training_is_refused(study: Study) -> None:
 def test_nothing_but_garbage_gives_a_whole_list_and_no_exception(study: Study) -> None:
     garbage = dict.fromkeys(SITES, b"\xff{garbage")
     decision = study.decide(
-        ledgers=garbage, verdicts=garbage, plan_approvals=garbage, plan_envelope=b"\0", attempts=()
+        ledgers=garbage, verdicts=garbage, plan_approvals=garbage, plan_envelope=b"\0", attempts=(), at=""
     )
     assert [c.name for c in decision.conditions] == list(TITLES)
     assert failed(decision) >= set(TITLES) - {"plan-sound", "public-parts", "ledgers-present"}
