@@ -43,7 +43,8 @@ def main(grid: Grid, context: Context) -> None:
                 else:
                     line["kind"] = reply.content.kind
                     line["body"] = reply.content.body
-                    line["arrived_s"] = reply.content.body["arrived_at"] - started_at
+                    if "arrived_at" in reply.content.body:  # a refusal has none
+                        line["arrived_s"] = reply.content.body["arrived_at"] - started_at
                     line["same"] = reply.content.blobs == (blob, b"", b"tail")
                 with out.open("a") as file:
                     file.write(json.dumps(line) + "\n")
