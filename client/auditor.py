@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from client.nearest_neighbours import Neighbour, nearest_neighbours
 from privacy.audit.bounds import (
     FloatArray,
     Interval,
@@ -67,6 +68,7 @@ class LocalAudit:
         member_distances, held_out_distances: Distance of the nearest generated sample, same order.
         copied: Keyed hashes of members nearer than ``copy_distance``.
         counts: The vector that leaves, before noise: int64[k].
+        neighbours: Members nearest to a sample, with pictures; empty in audits that kept none.
     """
 
     n_members: int
@@ -87,6 +89,7 @@ class LocalAudit:
     copy_distance: float
     copied: tuple[str, ...]
     counts: Counts
+    neighbours: tuple[Neighbour, ...] = ()
 
     def __repr__(self) -> str:
         return "LocalAudit(<private>)"
@@ -113,6 +116,7 @@ class LocalAudit:
             "copy_distance": self.copy_distance,
             "copied": list(self.copied),
             "counts": [int(count) for count in self.counts],
+            "neighbours": [neighbour.to_dict() for neighbour in self.neighbours],
         }
 
     @classmethod
@@ -147,6 +151,7 @@ class LocalAudit:
                 copy_distance=float(value["copy_distance"]),
                 copied=tuple(str(key) for key in value["copied"]),
                 counts=np.array([int(count) for count in value["counts"]], dtype=np.int64),
+                neighbours=tuple(Neighbour.from_dict(item) for item in value.get("neighbours", [])),
                 **arrays,
             )
         except (KeyError, TypeError, ValueError, OverflowError):
@@ -221,7 +226,13 @@ def audit_candidate(
             if embedding_NE is None
             else nearest_distances(autoencoder, group, embedding_NE, device=device, progress=progress)
         )
-    return _figures(plan, members, held_out, losses, distances, planted)
+    audit = _figures(plan, members, held_out, losses, distances, planted)
+    if autoencoder is None or embedding_NE is None:
+        return audit
+    neighbours = nearest_neighbours(
+        autoencoder, members, distances[0], checked_NCDHW, embedding_NE, device=device
+    )
+    return replace(audit, neighbours=neighbours)
 
 
 def audit_seed(plan_digest: bytes, candidate_denoiser: Denoiser) -> int:

@@ -392,7 +392,7 @@ class DecathlonScans:
     rare = "small"
     measured: tuple[str, ...] = ("anterior", "posterior")
     samples = 40
-    policy_changes: tuple[str, ...] = ("allow_low_power=true",)
+    policy_changes: tuple[str, ...] = ("allow_low_power=true", "max_copied_share=0.15")
     PUBLIC_PATIENTS = 30
     SPLIT_SEED = 1
 

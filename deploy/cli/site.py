@@ -22,7 +22,7 @@ from deploy.cli.output import (
     write_output,
 )
 from shared.errors import RefusedError, SiteError, UsageError
-from shared.home import private_directory
+from shared.home import private_directory, write_private
 from shared.plan_package import PACKAGE_FILES, open_plan_package
 from shared.study_plan import StudyPlan
 
@@ -356,8 +356,9 @@ def export_ledger(out: Path) -> None:
 @command.command("audit")
 @study_argument
 @click.option("--veto", is_flag=True, help="Refuse the release without giving a reason.")
+@click.option("--report", type=PathType, help="Write a page with curves and nearest pairs; it stays here.")
 @json_option
-def audit(study: str | None, veto: bool, as_json: bool) -> None:
+def audit(study: str | None, veto: bool, report: Path | None, as_json: bool) -> None:
     """This site's own figures of the last audit. They never leave the hospital."""
     from client.audit_view import audit_lines
 
@@ -371,11 +372,28 @@ def audit(study: str | None, veto: bool, as_json: bool) -> None:
     if not path.exists():
         raise SiteError("no candidate was audited here yet")
     value = json.loads(path.read_bytes())
-    if as_json:
+    if report is not None:
+        _write_audit_page(home, directory.name, value, report)
+    elif as_json:
         print_json(value)
-        return
-    for line in audit_lines(value):
-        click.echo(line)
+    else:
+        for line in audit_lines(value):
+            click.echo(line)
+
+
+def _write_audit_page(home: SiteHome, study_id: str, record: dict[str, Any], path: Path) -> None:
+    from datetime import UTC, datetime
+
+    from client.audit_page import PRIVATE, site_audit_page
+
+    plan = home.approved_plan(study_id).plan
+    at = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    page = site_audit_page(record, plan, site_id=home.site_id, at=at)
+    try:
+        write_private(path, page.encode())
+    except OSError as error:
+        raise UsageError(f"the page cannot be written to {path}: {error.strerror}") from error
+    click.echo(f"{PRIVATE} {path}")
 
 
 @command.command("approve-release")

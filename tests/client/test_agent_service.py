@@ -335,10 +335,13 @@ class Authority:
         self.pem = folder / f"{name}.pem"
         self.pem.write_bytes(self.certificate.public_bytes(serialization.Encoding.PEM))
 
-    def issue(self, name: str) -> tuple[Path, Path, str]:
+    def issue(self, name: str, *, expired: bool = False) -> tuple[Path, Path, str]:
         key = ec.generate_private_key(ec.SECP256R1())
         certificate = self._sign(
-            x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]), key.public_key(), authority=False
+            x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]),
+            key.public_key(),
+            authority=False,
+            valid=timedelta(minutes=-10) if expired else timedelta(days=1),
         )
         paths = self.folder / f"{name}.crt", self.folder / f"{name}.key"
         paths[0].write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
@@ -352,7 +355,12 @@ class Authority:
         return *paths, certificate.fingerprint(hashes.SHA256()).hex()
 
     def _sign(
-        self, subject: x509.Name, key: ec.EllipticCurvePublicKey, *, authority: bool
+        self,
+        subject: x509.Name,
+        key: ec.EllipticCurvePublicKey,
+        *,
+        authority: bool,
+        valid: timedelta = timedelta(days=1),
     ) -> x509.Certificate:
         now = datetime.now(UTC)
         builder = (
@@ -362,7 +370,7 @@ class Authority:
             .public_key(key)
             .serial_number(x509.random_serial_number())
             .not_valid_before(now - timedelta(hours=1))
-            .not_valid_after(now + timedelta(days=1))
+            .not_valid_after(now + valid)
             .add_extension(x509.BasicConstraints(ca=authority, path_length=None), critical=True)
             .add_extension(x509.SubjectAlternativeName([x509.DNSName("agent.test")]), critical=False)
         )
@@ -375,6 +383,7 @@ def test_tcp_takes_only_clients_with_a_certificate_of_the_authority(folder: Path
     courier_certificate, courier_key, fingerprint = hospital.issue("courier")
     other_certificate, other_key, _ = hospital.issue("other")
     false_certificate, false_key, _ = stranger.issue("false")
+    old_certificate, old_key, old_fingerprint = hospital.issue("old", expired=True)
 
     def told(envelope: Envelope, peer: AgentPeer) -> Envelope:
         return Envelope("echo", {"certificate": peer.certificate_sha256}, envelope.blobs)
@@ -387,7 +396,7 @@ def test_tcp_takes_only_clients_with_a_certificate_of_the_authority(folder: Path
             certificate=agent_certificate,
             key=agent_key,
             client_authority=hospital.pem,
-            pinned=frozenset({fingerprint}),
+            pinned=frozenset({fingerprint, old_fingerprint}),
         ),
     )
 
@@ -406,6 +415,8 @@ def test_tcp_takes_only_clients_with_a_certificate_of_the_authority(folder: Path
         assert reply.blobs == PING.blobs
         unpinned = exchange(PING, address(other_certificate, other_key, hospital.pem), timeout_s=10)
         assert unpinned.body["reason"] == "peer_not_allowed"
+        with pytest.raises(AgentUnreachableError):
+            exchange(PING, address(old_certificate, old_key, hospital.pem), timeout_s=10)
         with pytest.raises(AgentUnreachableError):
             exchange(PING, address(false_certificate, false_key, hospital.pem), timeout_s=10)
         with pytest.raises(AgentUnreachableError):

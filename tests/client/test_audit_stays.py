@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from client.audit_view import audit_lines
 from client.auditor import LocalAudit
+from client.nearest_neighbours import Neighbour
 from client.site_agent import AuditedCandidate
 from privacy.audit.bounds import Interval
 from shared.agent_messages import VerdictRequest
@@ -53,6 +54,15 @@ def local_audit(length: int) -> LocalAudit:
         copy_distance=0.493_827,
         copied=("cafe0123" * 8,),
         counts=np.full(length, 7_654_321, dtype=np.int64),
+        neighbours=(
+            Neighbour(
+                patient_key="0123beef" * 8,
+                distance=0.864_209,
+                sample=3,
+                patient_picture=RNG.integers(0, 256, (8, 24), dtype=np.uint8),
+                sample_picture=RNG.integers(0, 256, (8, 24), dtype=np.uint8),
+            ),
+        ),
     )
 
 
@@ -115,6 +125,11 @@ def renderings(audit: LocalAudit) -> set[bytes]:
         elif isinstance(item, str):
             found.update((item.encode(), bytes.fromhex(item)))
 
+    for neighbour in value["neighbours"]:
+        del neighbour["sample"], neighbour["shape"]
+        for name in ("patient_picture", "sample_picture"):
+            text = neighbour.pop(name)
+            found.update((text.encode(), base64.b64decode(text), base64.b64decode(text)[:16]))
     counts = value.pop("counts")
     found.update((struct.pack("<2q", *counts[:2]), canonical_json(counts[:2])[1:-1]))
     found.add(audit.member_scores.astype("<f4").tobytes())
