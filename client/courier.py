@@ -36,7 +36,7 @@ from client.agent_link import (
     exchange,
 )
 from shared.errors import LacunaError, MalformedMessageError, SiteError
-from shared.wire import MAX_BLOBS, Envelope, decode_parts, encode_header
+from shared.wire import Envelope, from_carried, to_carried
 
 ACTION = "lacuna"
 """Messages are of type ``query.lacuna``."""
@@ -95,28 +95,19 @@ def agent_address(node_config: Mapping[str, object]) -> AgentAddress:
 def to_records(envelope: Envelope) -> RecordDict:
     """An envelope as Flower carries it: header and number of blobs in a ConfigRecord, each blob that is
     not empty as an array of raw bytes (Flower splits arrays into chunks, and nothing else)."""
+    values, blobs = to_carried(envelope)
     arrays = {
-        str(index): Array(dtype="uint8", shape=(len(blob),), stype=RAW, data=blob)
-        for index, blob in enumerate(envelope.blobs)
-        if blob
+        name: Array(dtype="uint8", shape=(len(blob),), stype=RAW, data=blob) for name, blob in blobs.items()
     }
-    config = ConfigRecord({"header": encode_header(envelope), "blobs": len(envelope.blobs)})
-    return RecordDict({"frame": config, "blobs": ArrayRecord(arrays)})
+    return RecordDict({"frame": ConfigRecord(values), "blobs": ArrayRecord(arrays)})
 
 
 def from_records(records: RecordDict) -> Envelope:
     """The inverse of :func:`to_records`. Raises MalformedMessageError."""
-    config = records.config_records.get("frame")
-    arrays = records.array_records.get("blobs")
-    if config is None or arrays is None or len(records) != 2 or set(config) != {"header", "blobs"}:
+    values, arrays = records.config_records.get("frame"), records.array_records.get("blobs")
+    if values is None or arrays is None or len(records) != 2:
         raise MalformedMessageError("a message has exactly the records frame and blobs")
-    header, count = config["header"], config["blobs"]
-    if not isinstance(header, bytes) or not isinstance(count, int) or not 0 <= count <= MAX_BLOBS:
-        raise MalformedMessageError("a message's frame record is malformed")
-    names = [str(index) for index in range(count)]
-    if not set(arrays) <= set(names):
-        raise MalformedMessageError("a message has blobs of unknown names")
-    return decode_parts(header, [arrays[name].data if name in arrays else b"" for name in names])
+    return from_carried(values, {name: array.data for name, array in arrays.items()})
 
 
 def _refused(reason: str, error: LacunaError) -> Envelope:

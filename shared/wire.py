@@ -11,7 +11,7 @@ before anything is allocated, and nothing may follow the last blob. See ``shared
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,6 +93,28 @@ def decode_parts(header: bytes, blobs: Sequence[bytes]) -> Envelope:
     if _sizes(parsed) != [len(blob) for blob in blobs]:
         raise MalformedMessageError("blob sizes do not match the header")
     return Envelope(kind=parsed["kind"], body=parsed["body"], blobs=tuple(blobs))
+
+
+def to_carried(envelope: Envelope) -> tuple[dict[str, bytes | int], dict[str, bytes]]:
+    """The envelope for a transport of named values: (header and number of blobs, blobs by index).
+
+    Empty blobs are left out, because such transports (Flower's arrays) do not carry them.
+    """
+    blobs = {str(index): blob for index, blob in enumerate(envelope.blobs) if blob}
+    return {"header": encode_header(envelope), "blobs": len(envelope.blobs)}, blobs
+
+
+def from_carried(values: Mapping[str, object], blobs: Mapping[str, bytes]) -> Envelope:
+    """The inverse of :func:`to_carried`. Raises MalformedMessageError."""
+    if set(values) != {"header", "blobs"}:
+        raise MalformedMessageError("a message's frame record has the fields header and blobs")
+    header, count = values["header"], values["blobs"]
+    if not isinstance(header, bytes) or not isinstance(count, int) or not 0 <= count <= MAX_BLOBS:
+        raise MalformedMessageError("a message's frame record is malformed")
+    names = [str(index) for index in range(count)]
+    if not set(blobs) <= set(names):
+        raise MalformedMessageError("a message has blobs of unknown names")
+    return decode_parts(header, [blobs.get(name, b"") for name in names])
 
 
 def pack(kind: str, parts: Sequence[Envelope], body: dict[str, Any] | None = None) -> Envelope:
