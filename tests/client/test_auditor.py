@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
+from small_plan import small_plan
 from torch import Tensor
 
 from client.auditor import LocalAudit, audit_candidate, audit_seed
@@ -20,12 +21,11 @@ from privacy.audit.proposal import propose_edges
 from privacy.audit.verdict import compute_verdict
 from shared.canonical import canonical_json, parse_json
 from shared.errors import MalformedMessageError
-from shared.identity import SigningKey
 from shared.model.autoencoder import build_autoencoder
 from shared.model.denoiser import Denoiser, build_denoiser
 from shared.model.diffusion import per_sample_loss
 from shared.model.presets import preset_named
-from shared.study_plan import StudyPlan, parse_plan
+from shared.study_plan import StudyPlan
 
 SHAPE = (4, 6, 6, 6)
 PRESET = preset_named("micro")
@@ -52,59 +52,29 @@ def _patients(n: int, *, seed: int, name: str) -> list[Scans]:
 
 @pytest.fixture(scope="module")
 def plan() -> StudyPlan:
-    keys = [SigningKey.generate().verify_key.hex() for _ in range(5)]
-    sites = [{"site_id": f"site-{i}", "identity_key": keys[i]} for i in range(3)]
-    return parse_plan(
-        {
-            "format": "lacuna/study-plan/v1",
-            "study_id": "leaky",
-            "title": "Unprotected on purpose",
-            "roster": {"coordinator_key": keys[3], "officer_key": keys[4], "sites": sites},
-            "data": {
-                "conditions": ["common", "rare"],
-                "rare_condition": "rare",
-                "labels": ["organ", "lesion"],
-                "grid_shape": [24, 24, 24],
-                "spacing_mm": [4.0, 4.0, 4.0],
-                "simulated": True,
-            },
-            "model": {
-                "preset": "micro",
-                "autoencoder_sha256": "a" * 64,
-                "prior_sha256": "b" * 64,
-                "trainable": "all",
-                "dimension": 1000,
-                "sampling_steps": 3,
-            },
-            "privacy": {
-                "unit": "patient",
-                "neighbouring": "add_or_remove_one_patient",
-                "mode": "unprotected",
-                "delta": 1e-5,
-                "clip_norm": 1.0,
-                "declared_patients": 24,
-                "rounds": 1,
-                "max_attempts": 4,
-                "noise_multiplier": 0.0,
-                "audit_noise_multiplier": 0.0,
-            },
-            "secure_aggregation": {
-                "threshold": 3,
-                "max_colluding": 1,
-                "grid_step": 0.001,
-                "clamp_steps": 100000,
-            },
-            "audit": {
-                "timesteps": [0.3, 0.5, 0.7, 0.9],
-                "draws_per_timestep": 1,
-                "score_edges": list(propose_edges([1.9, 2.0, 2.1], noised=False)[0]),
-                "control_edges": [1.9, 2.1],
-                "copy_samples": 16,
-                "copy_distance": 0.05,
-            },
-            "release": {"site_approvals": 2},
+    return small_plan(
+        data__grid_shape=[24, 24, 24],
+        model__sampling_steps=3,
+        privacy={
+            "unit": "patient",
+            "neighbouring": "add_or_remove_one_patient",
+            "mode": "unprotected",
+            "delta": 1e-5,
+            "clip_norm": 1.0,
+            "declared_patients": 24,
+            "rounds": 1,
+            "max_attempts": 4,
+            "noise_multiplier": 0.0,
+            "audit_noise_multiplier": 0.0,
         },
-        what="test plan",
+        audit={
+            "timesteps": [0.3, 0.5, 0.7, 0.9],
+            "draws_per_timestep": 1,
+            "score_edges": list(propose_edges([1.9, 2.0, 2.1], noised=False)[0]),
+            "control_edges": [1.9, 2.1],
+            "copy_samples": 16,
+            "copy_distance": 0.05,
+        },
     )
 
 
