@@ -209,9 +209,13 @@ class Demo:
         )
         bundle = self.out / "bundle"
         shutil.copytree(self.store.bundle_path, bundle)
-        self._lacuna(
-            "officer", "compliance", "verify", str(bundle), "--coordinator", self._fingerprint("coordinator")
-        )
+        evidence = [
+            "--coordinator", self._fingerprint("coordinator"),
+            "--log", str(self.store.log_path), "--heads", str(self.store.receipts_path),
+        ]  # fmt: skip
+        self._lacuna("officer", "compliance", "verify", str(bundle), *evidence)
+        page = str(self.out / "release-report.html")
+        self._lacuna("officer", "compliance", "report", str(bundle), "--out", page, *evidence)
         self._step("A researcher makes synthetic scans; the coordinator looks at what the hospitals added")
         self._lacuna(
             "researcher", "generate", str(bundle), "--condition", study.rare, "--count", "8",
@@ -237,6 +241,7 @@ class Demo:
         self._step("Where everything is")
         places = {
             "release bundle": self.out / "bundle" if released else None,
+            "report about it, for people": self.out / "release-report.html" if released else None,
             "synthetic scans": self.out / "synthetic" if released else None,
             "prior beside release": self.out / "prior-and-release.png" if released else None,
             "signed ledgers": ledgers,

@@ -129,6 +129,8 @@ def report(
     for check in made.failed:
         click.echo(f"FAIL {check.name}: {check.detail}")
     click.echo("every check that was made passes" if made.passed else "DO NOT USE THIS BUNDLE")
+    if made.passed and not made.anchored:
+        click.echo("whose bundle it is was not checked: give --coordinator, from a call or a letter")
     if not made.passed:
         sys.exit(ExitCode.REFUSED)
 

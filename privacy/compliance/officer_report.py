@@ -39,10 +39,16 @@ from shared.study_plan import StudyPlan
 
 @dataclass(frozen=True, kw_only=True)
 class OfficerReport:
-    """A rendered page, and whether everything that it rests on passed."""
+    """A rendered page, and whether everything that it rests on passed.
+
+    Attributes:
+        anchored: Whether the coordinator's key was compared with one from outside; without that, anybody can
+            have made the whole bundle.
+    """
 
     html: str
     passed: bool
+    anchored: bool
     failed: tuple[Check, ...]
 
 
@@ -109,6 +115,7 @@ def officer_report(
         )
     failed = tuple(check for check in checks if check.status == "fail")
     statements = () if plan is None else bundle_statements(examined.files, plan)
+    anchored = any(check.name == "coordinator key" and check.status == "pass" for check in checks)
     html = render_page(
         "officer.html",
         at=at,
@@ -116,6 +123,7 @@ def officer_report(
         report=examined.report,
         checks=checks,
         failed=failed,
+        anchored=anchored,
         unchecked=tuple(check for check in checks if check.status == "unchecked"),
         plan=plan,
         decision=None if examined.decision is None else examined.decision.predicate,
@@ -133,7 +141,7 @@ def officer_report(
         confidence=confidence,
         words=epsilon_words,
     )
-    return OfficerReport(html=html, passed=bool(checks) and not failed, failed=failed)
+    return OfficerReport(html=html, passed=bool(checks) and not failed, anchored=anchored, failed=failed)
 
 
 def _need(opened: Any) -> Any:

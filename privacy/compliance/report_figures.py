@@ -227,7 +227,8 @@ def _in_plain_words(condition: Condition) -> str:
     if figure is None:
         return ""
     if condition.name == "power":
-        return f"a strong leak would have been noticed in {100 * figure:.0f} of 100 such audits"
+        cases = f"{100 * figure:.0f} of 100" if figure < 0.995 else "more than 99 of 100"
+        return f"a strong leak would have been noticed in {cases} such audits"
     if low is None or high is None:
         return ""
     if condition.name == "membership_attack":

@@ -30,6 +30,9 @@ RELEASE_NAME = "attestations/release.dsse.json"
 MAX_SHOWN_CHARACTERS = 400_000
 """Longest text of one statement in the appendix; a longer one is cut, and says so."""
 
+MAX_SHOWN_IN_ALL = 8_000_000
+"""Characters of all statements together: many of them are each cut shorter, so that a page can be opened."""
+
 _OF_SITE = re.compile(r"attestations/(plan-approvals|ledgers|verdicts)/([a-z0-9][a-z0-9-]{0,62})\.dsse\.json")
 _KINDS = {
     "plan-approvals": ("Approval of the plan", PLAN_APPROVAL_PREDICATE),
@@ -80,7 +83,8 @@ def bundle_statements(files: Mapping[str, bytes], plan: StudyPlan) -> tuple[Show
     """Every envelope among a bundle's files, in the order of the study. Never raises for what is in them."""
     names = [name for name in files if name.startswith("attestations/") and name.endswith(".dsse.json")]
     names.sort(key=lambda name: (_place(name), name))
-    return tuple(_shown(number, name, files, plan) for number, name in enumerate(names, start=1))
+    bound = min(MAX_SHOWN_CHARACTERS, MAX_SHOWN_IN_ALL // max(len(names), 1))
+    return tuple(_shown(number, name, files, plan, bound) for number, name in enumerate(names, start=1))
 
 
 def _place(name: str) -> int:
@@ -89,7 +93,7 @@ def _place(name: str) -> int:
     )
 
 
-def _shown(number: int, name: str, files: Mapping[str, bytes], plan: StudyPlan) -> ShownStatement:
+def _shown(number: int, name: str, files: Mapping[str, bytes], plan: StudyPlan, bound: int) -> ShownStatement:
     data = files[name]
     title, signer, key, kind = _expected(name, data, plan)
     fault = ""
@@ -103,8 +107,8 @@ def _shown(number: int, name: str, files: Mapping[str, bytes], plan: StudyPlan) 
     text = _text(data)
     if name == PLAN_SIGNATURE_NAME and PLAN_NAME in files:
         text = f"{text}\n\nand {PLAN_NAME}, whose SHA-256 it signs:\n\n{_indented(files[PLAN_NAME])}"
-    if len(text) > MAX_SHOWN_CHARACTERS:
-        text = f"{text[:MAX_SHOWN_CHARACTERS]}\n[cut here: {len(text)} characters in all; see the file]"
+    if len(text) > bound:
+        text = f"{text[:bound]}\n[cut here: {len(text)} characters in all; see the file]"
     return ShownStatement(
         number=number,
         file=name,

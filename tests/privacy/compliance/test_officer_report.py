@@ -160,7 +160,20 @@ def test_withdrawals_and_what_was_not_at_hand_stand_at_the_top(
     assert not report.passed and "withdrawn on" in top and "\u202e" not in report.html
     assert_inert(report.html)
     top = Page(report_on(bundle).html.split('class="tiles"')[0]).text
-    assert "coordinator key" in top and "a withdrawal would not be noticed" in top and "an old copy" in top
+    assert "whose it is was not checked" in top
+    assert "a withdrawal would not be noticed" in top and "an old copy" in top
+
+
+def test_without_a_key_from_outside_the_page_is_not_green(study: Study, bundle: Path, tmp_path: Path) -> None:
+    """Anybody can make a whole bundle: what only says that it is consistent must not look like approval."""
+    forged = make_study(tmp_path).release(tmp_path / "bundle").path
+    report = report_on(forged)
+    text = Page(report.html).text
+    assert report.passed and not report.anchored
+    assert "whose it is was not checked" in text and 'class="verdict pass"' not in report.html
+    assert "passes every check" not in text and "verdict partly" in report.html
+    caught = report_on(forged, trusted_coordinator=study.coordinator.verify_key.hex())
+    assert not caught.passed and "wrong coordinator" in Page(caught.html).text
 
 
 def test_ledgers_given_besides_must_continue_those_of_the_bundle(
