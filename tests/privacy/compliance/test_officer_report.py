@@ -8,6 +8,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -94,6 +95,7 @@ def test_the_page_says_what_an_officer_asks_for(study: Study, honest: OfficerRep
     for site in SITES:
         assert f"\u03b5 {spent.epsilon_world:.2f} from 5 training and 1 audit attempts" in text
         assert study.keys[site].verify_key.fingerprint in text
+    assert "The audit was tried" not in text
     titles = {condition.title for condition in study.decide().conditions}
     assert len(titles) == len(REQUIRED_CONDITIONS) and all(title in text for title in titles)
     assert_inert(honest.html)
@@ -174,6 +176,20 @@ def test_without_a_key_from_outside_the_page_is_not_green(study: Study, bundle: 
     assert "passes every check" not in text and "verdict partly" in report.html
     caught = report_on(forged, trusted_coordinator=study.coordinator.verify_key.hex())
     assert not caught.passed and "wrong coordinator" in Page(caught.html).text
+
+
+def test_an_audit_that_was_tried_again_is_told(tmp_path: Path) -> None:
+    """An attempt that the coordinator records as aborted may have been put aside for its result."""
+    study = make_study(tmp_path)
+    audit = attempt_records()[-1]
+    tried = replace(audit, attempt=audit.attempt - 1, status="aborted", survivors=())
+    records = (*attempt_records()[:-1], tried, audit)
+    ledgers = {s: make_ledger(tmp_path / "again" / s, study.keys[s], study.plan, records) for s in SITES}
+    inputs = replace(study.inputs, ledgers=ledgers, attempts=records)
+    study = replace(study, inputs=inputs)
+    report = report_on(study.release(tmp_path / "bundle").path)
+    assert report.passed and "The audit was tried 2 times." in Page(report.html).text
+    assert "The plan allows 2" in Page(report.html).text
 
 
 def test_ledgers_given_besides_must_continue_those_of_the_bundle(
