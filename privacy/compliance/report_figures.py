@@ -228,7 +228,7 @@ def _in_plain_words(condition: Condition) -> str:
         return ""
     if condition.name == "power":
         cases = f"{100 * figure:.0f} of 100" if figure < 0.995 else "more than 99 of 100"
-        return f"a strong leak would have been noticed in {cases} such audits"
+        return f"A strong leak would have been noticed in {cases} such audits."
     if low is None or high is None:
         return ""
     if condition.name == "membership_attack":
