@@ -86,7 +86,8 @@ def test_the_page_says_what_an_officer_asks_for(study: Study, honest: OfficerRep
     for words in (
         "about 120", "at 3 hospitals", "declared", "one patient at one hospital", "trust model",
         "one patient added or removed", "up to 1 of the hospitals", f"{spent.epsilon_world:.2f}",
-        f"{spent.epsilon_colluding:.2f}", "1 in 100,000", "composition", "no violation found", "at this power: a strong leak would have",
+        f"{spent.epsilon_colluding:.2f}", "1 in 100,000", "composition", "no violation found",
+        "at this power: a strong leak would have",
         "never \u201cprivate\u201d", "Power", "planted leak",
         "What is not covered", "NIST SP 800-226", "Copies", study.coordinator.verify_key.fingerprint,
         "release on " + AT,
