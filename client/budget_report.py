@@ -63,6 +63,9 @@ class SiteBudget:
                         "closed_form": None
                         if study.world.closed_form is None
                         else _json(study.world.closed_form),
+                        "saddle_point": None
+                        if study.world.saddle_point is None
+                        else _json(study.world.saddle_point),
                     },
                     "left": study.left,
                 }

@@ -73,14 +73,16 @@ def serve_study(
     """
     package = home.approved_plan(study_id)
     home.policy().check(package.plan, own_site=home.site_id, own_key=home.identity().verify_key)
-    check_plan(package.plan)
+    execution = check_plan(package.plan)
     with ExitStack() as resources:
         resources.callback(log_to(home.study(study_id) / "agent.log"))
         ledger = resources.enter_context(open_ledger(home))
         _commit_to_site_key(home, study_id, ledger)
         from client.workbench import SiteWorkbench, set_threads
+        from privacy.dp.second_accountant import check_planned_epsilon
 
         set_threads(options.threads)
+        check_planned_epsilon(execution)
         workbench = SiteWorkbench(
             home=home, package=package, secret=SecretRandom(), device=options.device, progress=progress
         )

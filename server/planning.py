@@ -159,6 +159,7 @@ def _check_choices(choices: PlanChoices, *, n_sites: int) -> None:
         (0 < choices.delta < 1e-2, "delta: above 0 and below 0.01"),
         (1 <= choices.rounds <= 100_000, "rounds: 1 to 100000"),
         (choices.declared_patients >= 1, "declared_patients: at least 1"),
+        (0 < choices.sampling_rate <= 1, "sampling_rate: above 0, at most 1"),
         (attempts is None or attempts >= choices.rounds, "max_attempts: not smaller than rounds"),
         (choices.local_steps >= 1, "local_steps: at least 1"),
         (choices.mode != "distributed" or choices.local_steps == 1, "local_steps: 1 in mode distributed"),

@@ -130,6 +130,9 @@ def plan_group() -> None:
 @click.option(
     "--declared-patients", type=int, required=True, help="Public, rounded number of members in all."
 )
+@click.option(
+    "--sampling-rate", type=float, default=1.0, show_default=True, help="Chance to join a step (Poisson)."
+)
 @click.option("--trainable", type=click.Choice(["all", "attention", "conditioning", "low_rank"]))
 @click.option("--clip-norm", type=float, help="Default: measured on public data.")
 @click.option("--learning-rate", type=float, help="Of the server's Adam.")
@@ -157,6 +160,7 @@ def plan_new(
     delta: float,
     rounds: int,
     declared_patients: int,
+    sampling_rate: float,
     trainable: str | None,
     clip_norm: float | None,
     learning_rate: float | None,
@@ -186,6 +190,7 @@ def plan_new(
         delta=delta,
         rounds=rounds,
         declared_patients=declared_patients,
+        sampling_rate=sampling_rate,
         trainable=trainable,  # type: ignore[arg-type]
         clip_norm=clip_norm,
         server_learning_rate=learning_rate,

@@ -1,7 +1,8 @@
-"""The agent's second tight accountant: Opacus' PRV (Gopi, Lee, Wutschitz, NeurIPS 2021).
+"""The agent's third accountant: Opacus' PRV (Gopi, Lee, Wutschitz, NeurIPS 2021).
 
-It shares no code with ``dp-accounting`` and works for sampling rates below 1, where there is no closed form.
-It needs torch, so the torch-free checker does without.
+It shares no code with ``dp-accounting`` nor with :mod:`privacy.dp.saddle_point`, and works for sampling rates
+below 1. It needs torch, so ledger, gate and officer do without; the agent holds it against the others before
+it serves a plan.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from collections.abc import Iterable
 from opacus.accountants import PRVAccountant
 
 from privacy.dp.accounting import AccountantsDisagreeError, EpsilonReport, PrivacyEvent, View, epsilon
+from privacy.dp.execution_plan import ExecutionPlan
+
+VIEWS: tuple[View, ...] = ("world", "all_others_collude")
 
 PRV_TOLERANCE = 1e-2
 PRV_ERROR = 0.01
@@ -54,3 +58,21 @@ def agreed_epsilon(
                 f"epsilon by privacy loss distribution is {report.reported:.6g}, by PRV {second:.6g}"
             )
     return max(report.reported, second), report
+
+
+def check_planned_epsilon(execution: ExecutionPlan) -> None:
+    """Hold PRV against the other accountants on every attempt that a plan may charge, for both observers.
+
+    Does nothing where every patient takes part in every step: the closed form is exact there. What counts is
+    the larger of privacy loss distributions and contour integral, as everywhere; PRV's figure is an upper end
+    that lies PRV_ERROR above.
+
+    Raises:
+        AccountantsDisagreeError: they differ by more than PRV_ERROR plus 1%; the plan is not served.
+    """
+    if execution.mode == "unprotected" or execution.sampling_rate == 1:
+        return
+    events = [execution.training_event()] * execution.max_attempts
+    events += [execution.audit_event()] * execution.max_audit_attempts
+    for view in VIEWS:
+        agreed_epsilon(events, execution.delta, view=view)

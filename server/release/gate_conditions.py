@@ -196,7 +196,7 @@ def _budget(e: GateEvidence) -> Result:
     if promised is None:
         reason = "mode unprotected promises nothing, so nothing can be released; " + reason
     elif not over:
-        second = reports[worst].closed_form
+        second = reports[worst].second
         reason = f"largest at {worst}; accountants: {reports[worst].pld:.4f}" + (
             f" and {second:.4f}" if second is not None else f", Renyi bound {reports[worst].rdp:.4f}"
         )

@@ -48,17 +48,19 @@ def test_a_restored_model_continues_to_the_same_bytes(
     assert resumed.ema.tobytes() == straight.ema.tobytes()
 
 
-def test_distributed_is_adam_on_the_sum_over_a_public_constant() -> None:
+@pytest.mark.parametrize("rate", [1.0, 0.3])
+def test_distributed_is_adam_on_the_sum_over_a_public_constant(rate: float) -> None:
     """torch's own Adam on total * grid_step / (declared_patients * q); the survivors' number is not used."""
+    plan = small_plan(KEYS, model__server_learning_rate=0.01, privacy__sampling_rate=rate)
     reference = torch.from_numpy(START.copy()).requires_grad_()
     optimizer = torch.optim.Adam([reference], lr=0.01)
     sums = totals(3)
     for total in sums:
-        gradient = total * PLAN.secure_aggregation.grid_step / PLAN.privacy.declared_patients
+        gradient = total * plan.secure_aggregation.grid_step / (plan.privacy.declared_patients * rate)
         reference.grad = torch.from_numpy(gradient.astype(np.float32))
         optimizer.step()
-    np.testing.assert_array_equal(run(PLAN, sums).weights, reference.detach().numpy())
-    model = GlobalModel(PLAN, START)
+    np.testing.assert_array_equal(run(plan, sums).weights, reference.detach().numpy())
+    model = GlobalModel(plan, START)
     for total in sums:
         model.apply(total, n_survivors=1)
     np.testing.assert_array_equal(model.weights, reference.detach().numpy())

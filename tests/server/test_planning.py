@@ -83,6 +83,15 @@ def test_a_plan_in_mode_local_keeps_its_promise(public: Path) -> None:
     assert plan.privacy.local_steps == 2
 
 
+def test_a_plan_of_sampled_steps_keeps_its_promise_by_both_accountants(public: Path) -> None:
+    plan = draft(public, sampling_rate=0.25, trainable="conditioning")
+    planned = check_plan(plan).planned_epsilon()
+    assert planned.saddle_point is not None
+    assert 7.9 < max(planned.pld, planned.saddle_point) == planned.reported <= 8.0
+    assert plan.privacy.sampling_rate == 0.25
+    assert plan.privacy.noise_multiplier < draft(public, trainable="conditioning").privacy.noise_multiplier
+
+
 @pytest.mark.parametrize(
     ("choices", "words"),
     [
@@ -94,6 +103,8 @@ def test_a_plan_in_mode_local_keeps_its_promise(public: Path) -> None:
         ({"delta": 0.0}, "delta"),
         ({"rounds": 0}, "rounds"),
         ({"declared_patients": 0}, "declared_patients"),
+        ({"sampling_rate": 0.0}, "sampling_rate"),
+        ({"sampling_rate": 1.5}, "sampling_rate"),
         ({"threshold": 2}, "threshold"),
         ({"threshold": 4}, "threshold"),
         ({"max_colluding": 2}, "max_colluding|threshold"),
