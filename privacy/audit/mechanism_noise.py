@@ -171,7 +171,10 @@ def _share_families(
         total_ratios.append(float((step.total[mask].astype(np.float64) ** 2).mean()) / expected**2)
     pooled = [np.concatenate(parts) for parts in silent.values()]
     share_p += [variance_p(values, std) for values in (*pooled, np.concatenate(pooled))]
-    shape_p = [curve_p(values, gaussian_cdf(std), shift=ROUNDING_SHIFT) for values in pooled]
+    shape_p = [
+        curve_p(values, gaussian_cdf(std), shift=ROUNDING_SHIFT)
+        for values in (*pooled, np.concatenate(pooled))
+    ]
     pairs = list(combinations(range(len(vectors)), 2))
     lags = len(pairs) <= MAX_LAGGED_PAIRS
     independence = [correlation_p(vectors[a], vectors[b], std, lags=lags) for a, b in pairs]

@@ -44,7 +44,7 @@ _spec.loader.exec_module(networks)
 
 SITES = ("north", "east", "south", "west")
 SMALL = AuditSize(
-    canaries=120, empty_steps=2, canary_steps=2, signal_steps=1, sampled_signal_steps=12, grid_pairs=2
+    canaries=400, empty_steps=2, canary_steps=2, signal_steps=1, sampled_signal_steps=12, grid_pairs=2
 )
 
 
@@ -57,7 +57,9 @@ def plan(q: float = 1.0, epsilon: float = 8.0, dimension: int = 60_000) -> Execu
     ).execution  # fmt: skip
 
 
-def audit(execution: ExecutionPlan, size: AuditSize = SMALL, **options: Any) -> MechanismAudit:
+def audit(execution: ExecutionPlan, size: AuditSize | None = None, **options: Any) -> MechanismAudit:
+    if size is None:
+        size = SMALL if execution.sampling_rate == 1 else replace(SMALL, canaries=160)
     return audit_mechanism(execution, SITES, study_digest="ab" * 32, size=size, **options)
 
 
