@@ -1,9 +1,9 @@
 """The conditions on a survivor set U, one function each (DESIGN section 6, rule 4).
 
-Each closes a way to lay a single site bare. While all of t confirmations, upload signatures and the other
-conditions stand, removing one alone breaks nothing, by argument: t confirmations from members of U imply it.
-The tests find the breaks that |U| >= t and U within P prevent once confirmations are not counted; for self
-in U a named test pins the refusal.
+While t genuine confirmations by members of U, and upload signatures, are asked for, each condition alone is
+implied by them: taking one out lets nothing open. Each is the last line where another check fails: self in U
+and |U| >= t where it is not checked that confirmations come from members of U, U within P where upload
+signatures are not checked either. ``tests/privacy/secagg/test_enumeration.py`` shows both, on this code.
 """
 
 from __future__ import annotations

@@ -1,187 +1,257 @@
-"""A server that tells every honest site something else after the uploads, enumerated on the real sites.
+"""Cheating servers, enumerated: with all checks nothing opens; which checks, taken out, let something open.
 
-The last site colludes: the server has all it holds and signs with its key. A strategy gives each honest
-site a set to confirm (or none) and a set to unmask. Broken means: the vectors of a non-empty set S of
-fewer than t - c honest sites can be summed alone, that is, the mask seed of each site in S and, for each
-pair of honest sites across the border of S, one mask key of the two are within reach of t shares.
+A public, seeded generator picks where strategies are sampled. Taken out means that the statement in the real
+code is not executed (``removed_checks.py``).
 """
 
 from __future__ import annotations
 
 import itertools
 import random
-from dataclasses import replace
-from typing import Any
 
 import pytest
+from removed_checks import removed
+from simulated_world import each_input_once
+from survivor_game import WEIGHTS, CheatingServer
 
-from privacy.secagg import site_unmasking
-from privacy.secagg.messages import ConfirmRequest, UnmaskRequest, UploadReply
-from privacy.secagg.reasons import AggregationRefusedError, Component
-from privacy.secagg.site_rounds import SiteSecureAggregation
-from privacy.secagg.site_unmasking import ConfirmedState
-from privacy.secagg.statements import SurvivorStatement, UploadStatement
+from privacy.secagg import site_masking
+from privacy.secagg.statements import UploadStatement
 
-WEIGHTS, WORK = b"\x01" * 32, b"\x02" * 32
-PHANTOM = "phantom"
-
-
-class CheatingServer:
-    """What each honest site answers to each (confirm, unmask, who confirmed); every answer asked once."""
-
-    def __init__(self, consortium: Any, n: int, t: int) -> None:
-        self.group = group = consortium(n, 1, t, length=1)
-        server = group.until(Component.UPLOAD)
-        requests = server.build_upload_requests(WEIGHTS, WORK)
-        replies = {name: UploadReply.from_envelope(group.ask(name, item)) for name, item in requests.items()}
-        self.attempt = server.attempt
-        self.uploads = {name: reply.signature for name, reply in replies.items()}
-        self.states = {name: group.sites[name]._open for name in group.names}
-        self.honest, self.colluder = group.names[:-1], group.names[-1]
-        self.t = t
-        everyone = [*group.names, PHANTOM]
-        self.sets = [chosen for size in range(1, n + 2) for chosen in itertools.combinations(everyone, size)]
-        self._confirmed: dict[Any, bytes | None] = {}
-        self._revealed: dict[Any, dict[str, str]] = {}
-
-    def _reset(self, name: str) -> SiteSecureAggregation:
-        state = self.states[name]
-        held = {peer: (bytearray(pair[0]), bytearray(pair[1])) for peer, pair in state.held.items()}
-        site = self.group.sites[name]
-        site._open = replace(state, held=held)
-        return site
-
-    def _signed(self, chosen: tuple[str, ...]) -> tuple[tuple[str, bytes], ...]:
-        return tuple((name, self.uploads.get(name, bytes(64))) for name in chosen)
-
-    def confirm(self, name: str, chosen: tuple[str, ...]) -> bytes | None:
-        if (name, chosen) not in self._confirmed:
-            site = self._reset(name)
-            try:
-                request = ConfirmRequest(attempt=self.attempt, uploads=self._signed(chosen))
-                self._confirmed[name, chosen] = site.confirm(request).signature
-            except AggregationRefusedError:
-                self._confirmed[name, chosen] = None
-        return self._confirmed[name, chosen]
-
-    def reveal(
-        self, name: str, first: Any, second: tuple[str, ...], signers: tuple[str, ...]
-    ) -> dict[str, str]:
-        key = (name, first, second, signers)
-        if key not in self._revealed:
-            self._revealed[key] = {}
-            signatures = {signer: self.confirm(signer, second) for signer in signers}
-            state = self.states[self.colluder]
-            mine = SurvivorStatement(
-                session=state.session, site_id=self.colluder, terms=state.terms, survivors=second
-            )
-            if self.colluder in second:
-                signatures[self.colluder] = mine.sign(self.group.identities[self.colluder])
-            site = self._reset(name)
-            request = UnmaskRequest(
-                attempt=self.attempt,
-                uploads=self._signed(second),
-                confirmations=tuple((signer, value or bytes(64)) for signer, value in signatures.items()),
-            )
-            try:
-                if first is not None:
-                    site.confirm(ConfirmRequest(attempt=self.attempt, uploads=self._signed(first)))
-                self._revealed[key] = {share.owner: share.kind for share in site.unmask(request).shares}
-            except AggregationRefusedError:
-                pass
-        return self._revealed[key]
-
-    def exposed(self, strategy: dict[str, tuple[Any, tuple[str, ...]]]) -> tuple[str, ...] | None:
-        """The smallest honest set that this strategy lays bare, if it has fewer than t - c sites."""
-        counts = {(owner, kind): 1 for owner in self.honest for kind in ("seed", "key")}
-        for name, (first, second) in strategy.items():
-            signers = tuple(
-                other
-                for other, (told, _) in strategy.items()
-                if told == second and other in second and self.confirm(other, second)
-            )
-            for owner, kind in self.reveal(name, first, second, signers).items():
-                if owner in self.honest:
-                    counts[owner, kind] += 1
-        seeds = {owner for owner in self.honest if counts[owner, "seed"] >= self.t}
-        keys = {owner for owner in self.honest if counts[owner, "key"] >= self.t}
-        for size in range(1, self.t - 1):
-            for chosen in itertools.combinations(self.honest, size):
-                rest = [owner for owner in self.honest if owner not in chosen]
-                if set(chosen) <= seeds and all(a in keys or b in keys for a in chosen for b in rest):
-                    return chosen
-        return None
-
-    def search(self, strategies: Any) -> tuple[str, ...] | None:
-        for choices in strategies:
-            found = self.exposed(dict(zip(self.honest, choices, strict=True)))
-            if found:
-                return found
-        return None
-
-    def plain(self) -> Any:
-        """Each honest site is asked to confirm and unmask one set, another for each."""
-        tricks = [(chosen, chosen) for chosen in self.sets]
-        return itertools.product(tricks, repeat=len(self.honest))
+UNMASKING, RULES = "privacy.secagg.site_unmasking", "privacy.secagg.survivor_rules"
+SELF = f"{RULES}:require_self: raise RefusalReason.SELF_NOT_AMONG_SURVIVORS"
+WITHIN = f"{RULES}:require_within_peers: raise RefusalReason.SURVIVOR_NOT_A_PEER"
+ENOUGH = f"{RULES}:require_enough: raise RefusalReason.TOO_FEW_SURVIVORS"
+MEMBERS = (
+    f"{UNMASKING}:ConfirmedState.check_released: "
+    "raise BadSignatureError(f'{site_id[:64]} is not a survivor')"
+)
+COUNT = f"{UNMASKING}:ConfirmedState.check_released: raise RefusalReason.TOO_FEW_CONFIRMATIONS"
+GENUINE = f"{UNMASKING}:ConfirmedState.check_released: raise RefusalReason.BAD_CONFIRMATION"
+NOT_CONFIRMED = f"{UNMASKING}:UploadedState.check_released: raise RefusalReason.SURVIVORS_NOT_CONFIRMED"
+SECOND_SET = f"{UNMASKING}:ConfirmedState.check_released: raise RefusalReason.SECOND_SURVIVOR_SET"
+CONDITIONS = {"self in U": SELF, "U within P": WITHIN, "|U| >= t": ENOUGH}
+OTHER = b"\x07" * 32
 
 
-def test_all_strategies_for_three_sites(consortium):
-    server = CheatingServer(consortium, 3, 3)
-    tricks = [(first, second) for first in [None, *server.sets] for second in server.sets]
-    assert server.search(itertools.product(tricks, repeat=2)) is None
+@pytest.fixture(autouse=True)
+def _quick():
+    with each_input_once():
+        yield
+
+
+@pytest.fixture
+def no_upload_signatures(monkeypatch):
+    monkeypatch.setattr(UploadStatement, "verify", lambda *_: None)
+
+
+@pytest.mark.parametrize(("n", "t", "c"), [(3, 3, 1), (4, 3, 1), (4, 4, 2), (5, 4, 1), (5, 4, 2)])
+def test_no_strategy_at_all_opens_a_small_sum(consortium, n, t, c):
+    server = CheatingServer(consortium, n, t, c)
+    tricks = server.tricks("site-0")
     full = tuple(server.group.names)
-    assert server.reveal("site-0", None, full, ()), "the honest strategy does reveal something"
+    assert (None, full) in tricks, "the honest strategy does reveal something"
+    assert len(tricks) > 2 or n == t
+    assert server.search(server.everything()) is None
 
 
-@pytest.mark.parametrize(("n", "t", "count"), [(4, 3, 3000), (5, 4, 1500), (6, 4, 1000)])
-def test_sampled_strategies_for_more_sites(consortium, n, t, count):
-    """A public, seeded generator picks; likely sets are preferred: those of at least t - 1 real sites."""
-    server, chance = CheatingServer(consortium, n, t), random.Random(n)
-    likely = [chosen for chosen in server.sets if t - 1 <= len(chosen)]
+@pytest.mark.parametrize(("n", "t", "c", "count"), [(6, 4, 1, 4000), (6, 5, 2, 4000)])
+def test_sampled_strategies_for_six_sites(consortium, n, t, c, count):
+    server, chance = CheatingServer(consortium, n, t, c), random.Random(n + t)
+    tricks = [server.tricks(name) for name in server.honest]
 
     def strategies():
         for _ in range(count):
-            common = chance.choice(likely)
-            picks = []
-            for _ in server.honest:
-                second = common if chance.random() < 0.5 else chance.choice(likely)
-                first = chance.choice([None, second, second, chance.choice(likely)])
-                picks.append((first, second))
-            yield picks
+            common = chance.choice(server.sets)
+            yield tuple(
+                chance.choice([trick for trick in options if common in trick] or options)
+                if chance.random() < 0.5
+                else chance.choice(options)
+                for options in tricks
+            )
 
     assert server.search(strategies()) is None
 
 
-def without_confirmations(monkeypatch):
-    monkeypatch.setattr(ConfirmedState, "check_released", lambda *_: None)
+def other_terms(n, t):
+    """All ways to give the honest of n sites (one colluding) peers and weights of their own."""
+    names = [f"site-{index}" for index in range(n)]
+    honest = names[:-1]
+    options = [
+        [
+            (chosen, weights)
+            for size in range(t, n + 1)
+            for chosen in itertools.combinations(names, size)
+            if name in chosen
+            for weights in (WEIGHTS, OTHER)
+        ]
+        for name in honest
+    ]
+    for choice in itertools.product(*options):
+        peers = {name: chosen for name, (chosen, _) in zip(honest, choice, strict=True)}
+        weights = {name: given for name, (_, given) in zip(honest, choice, strict=True)}
+        yield peers, weights
 
 
-@pytest.mark.parametrize("rule", ["require_enough", "require_within_peers"])
-def test_each_size_condition_is_needed_where_signatures_are_not_counted(consortium, monkeypatch, rule):
-    """With the count of confirmations removed the conditions alone still hold for four sites; with one
-    of the conditions gone too, a single site is laid bare."""
-    without_confirmations(monkeypatch)
-    monkeypatch.setattr(UploadStatement, "verify", lambda *_: None)
+def test_all_ways_to_give_three_sites_other_weights(consortium):
+    for peers, weights in other_terms(3, 3):
+        server = CheatingServer(consortium, 3, 3, peers=peers, weights=weights)
+        assert server.search(server.everything()) is None
+
+
+def play_other_terms(consortium, ways):
+    for peers, weights in ways:
+        server = CheatingServer(consortium, 4, 3, peers=peers, weights=weights)
+        assert server.search(server.everything()) is None
+
+
+def test_some_ways_to_give_four_sites_other_peers_and_weights(consortium):
+    play_other_terms(consortium, random.Random(4).sample(list(other_terms(4, 3)), 12))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_all_ways_to_give_four_sites_other_peers_and_weights(consortium):
+    play_other_terms(consortium, other_terms(4, 3))
+
+
+@pytest.mark.parametrize("condition", list(CONDITIONS))
+@pytest.mark.parametrize(("n", "t", "c"), [(3, 3, 1), (4, 3, 1), (5, 4, 2)])
+def test_one_condition_taken_out_is_implied_by_the_confirmations(consortium, condition, n, t, c):
+    """With t genuine signatures of members of U in place, each condition alone is redundant: no strategy
+    opens anything. This is why the tests below take out more than one check."""
+    with removed(CONDITIONS[condition]):
+        server = CheatingServer(consortium, n, t, c)
+        assert server.search(sampled(server, 3000)) is None
+
+
+def test_an_invented_survivor_that_colludes_does_not_help_against_confirmations(consortium):
+    """The colluder is outside P and signs whatever it is asked to; U within P is out."""
+    peers = dict.fromkeys(("site-0", "site-1", "site-2"), ("site-0", "site-1", "site-2"))
+    with removed(WITHIN):
+        server = CheatingServer(consortium, 4, 3, peers=peers)
+        chosen = ("site-0", "site-1", "site-3")
+        assert server.reveal("site-0", chosen, chosen, ("site-0", "site-1")), "it is taken for a survivor"
+        assert server.search(sampled(server, 3000)) is None
+    assert not CheatingServer(consortium, 4, 3, peers=peers).confirm("site-0", chosen)
+
+
+def sampled(server, count):
+    """All strategies, or that many of them where there are more."""
+    tricks = [server.tricks(name) for name in server.honest]
+    total = 1
+    for options in tricks:
+        total *= len(options)
+    if total <= count:
+        return itertools.product(*tricks)
+    chance = random.Random(total)
+    return (tuple(chance.choice(options) for options in tricks) for _ in range(count))
+
+
+def telling(server, told):
+    """Each honest site is asked to confirm and to unmask one set; the digits name its sites."""
+    names = {
+        name: tuple(f"site-{d}" if d != "x" else "phantom" for d in digits) for name, digits in told.items()
+    }
+    return server.exposed({name: (chosen, chosen) for name, chosen in names.items()})
+
+
+def same_for_all(server):
+    """One set for confirming and unmasking at each site, another for each site."""
+    tricks = [(chosen, chosen) for chosen in server.sets]
+    return itertools.product(tricks, repeat=len(server.honest))
+
+
+@pytest.mark.parametrize(
+    ("condition", "others", "n", "t"),
+    [
+        ("self in U", (ENOUGH, MEMBERS), 4, 3),
+        ("self in U", (ENOUGH, MEMBERS, COUNT, GENUINE), 3, 3),
+        ("|U| >= t", (MEMBERS, COUNT, GENUINE), 4, 3),
+        ("|U| >= t", (MEMBERS, SELF), 4, 3),
+    ],
+)
+def test_each_condition_is_the_last_line_where_others_are_out(consortium, condition, others, n, t):
+    """Without the others nothing opens as long as the condition stands; without it a single site does."""
+    with removed(*others):
+        server = CheatingServer(consortium, n, t)
+        assert server.search(same_for_all(server)) is None
+    with removed(*others, CONDITIONS[condition]):
+        server = CheatingServer(consortium, n, t)
+        found = server.search(same_for_all(server))
+        assert found is not None
+        assert len(found) == 1
+
+
+def test_u_within_p_is_the_last_line_against_invented_survivors(consortium, no_upload_signatures):
+    """Upload signatures and confirmations are out; a survivor that is no site at all fills U up to t."""
+    others = (MEMBERS, COUNT, GENUINE)
+    with removed(*others):
+        server = CheatingServer(consortium, 4, 3)
+        assert server.search(same_for_all(server)) is None
+    with removed(*others, WITHIN):
+        server = CheatingServer(consortium, 4, 3)
+        found = server.search(same_for_all(server))
+        assert found is not None
+        assert len(found) == 1
+
+
+APART = {"site-0": "0135", "site-1": "0145", "site-2": "0125", "site-3": "0135", "site-4": "0145"}
+"""n = 6, t = 4: sets that keep all three conditions, of which together a sum over two sites comes out."""
+
+
+def test_the_three_conditions_are_not_enough_without_counted_confirmations(consortium):
+    assert telling(CheatingServer(consortium, 6, 4), APART) is None
+    for missing in (COUNT, GENUINE):
+        with removed(missing):
+            opened = telling(CheatingServer(consortium, 6, 4), APART)
+            assert opened == ("site-0", "site-1")
+
+
+def test_a_site_signs_one_survivor_set_and_no_second(consortium):
+    """Sites that forget what they signed sign every set of APART that they are in."""
+    assert telling(CheatingServer(consortium, 6, 4, forgetful=True), APART) == ("site-0", "site-1")
+
+
+def test_a_site_reveals_once(consortium):
+    """Sites that answer for U = P and, as if they had not, for a smaller set: the fourth lies bare."""
     server = CheatingServer(consortium, 4, 3)
-    assert server.search(server.plain()) is None
-    monkeypatch.setattr(site_unmasking, rule, lambda *_: None)
-    server = CheatingServer(consortium, 4, 3)
-    found = server.search(server.plain())
-    assert found is not None
-    assert len(found) == 1
+    full, smaller = tuple(server.group.names), tuple(server.group.names[:3])
+    honest = [(name, *item) for name in server.honest for item in server.reveal(name, None, full, ()).items()]
+    assert server.judged(honest) is None
+    smaller = ("site-0", "site-1", "site-3")
+    again = [
+        (name, *item)
+        for name in ("site-0", "site-1")
+        for item in server.reveal(name, smaller, smaller, ("site-0", "site-1")).items()
+    ]
+    assert server.judged(again) is None
+    assert server.judged(honest + again) == ("site-2",)
 
 
-def test_counting_confirmations_is_needed(consortium, monkeypatch):
-    """n = 6, t = 4: sets that satisfy all conditions, another for each site, open a sum over two."""
+@pytest.mark.parametrize("check", [NOT_CONFIRMED, SECOND_SET])
+def test_own_confirmation_is_implied_by_the_count_too(consortium, check):
+    """A set that the site did not sign, or not alone, still needs t signatures of others."""
+    with removed(check):
+        server = CheatingServer(consortium, 4, 3)
+        assert server.search(sampled(server, 3000)) is None
 
-    def names(digits):
-        return tuple(f"site-{digit}" for digit in digits)
 
-    dropped = {0: "24", 1: "23", 2: "34", 3: "24", 4: "23"}
-    strategy = {}
-    for site, gone in dropped.items():
-        chosen = names(digit for digit in "012345" if digit not in gone)
-        strategy[f"site-{site}"] = (chosen, chosen)
-    assert CheatingServer(consortium, 6, 4).exposed(strategy) is None
-    without_confirmations(monkeypatch)
-    assert CheatingServer(consortium, 6, 4).exposed(strategy) == ("site-0", "site-1")
+def test_masks_bound_to_weights_protect_where_signatures_do_not(
+    consortium, no_upload_signatures, monkeypatch
+):
+    """Crafted weights for one site and nobody checks who signed what: the masks do not cancel, so nothing
+    comes out. Without the binding a sum over sites with different weights does."""
+    full = tuple(f"site-{index}" for index in range(4))
+    strategy = dict.fromkeys(full[:3], (None, full))
+    crafted = {"site-0": OTHER}
+    server = CheatingServer(consortium, 4, 3, weights=crafted)
+    assert all(server.reveal(name, None, full, ()) for name in server.honest), "everybody reveals all seeds"
+    assert server.exposed(strategy) is None
+    real = site_masking.UploadTerms.digest
+    monkeypatch.setattr(
+        site_masking.UploadTerms,
+        "digest",
+        lambda terms: real(type(terms)(**{**vars(terms), "weights_hash": WEIGHTS})),
+    )
+    server = CheatingServer(consortium, 4, 3, weights=crafted)
+    assert len({upload.terms for upload in server.known.uploads.values()}) == 1
