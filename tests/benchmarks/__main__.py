@@ -9,7 +9,7 @@ import importlib
 import sys
 from pathlib import Path
 
-NAMES = ("mask_expansion", "private_step")
+NAMES = ("mask_expansion", "private_step", "known_break")
 RESULTS = Path(__file__).parent / "results"
 
 
