@@ -35,7 +35,7 @@ from privacy.secagg.messages import UploadReply
 from privacy.secagg.reasons import AggregationRefusedError
 from privacy.secagg.session import Roster, Session
 from privacy.secagg.shamir import combine_shares as combine_our_shares
-from privacy.secagg.statements import UploadTerms
+from privacy.secagg.statements import UploadTerms, key_set_digest
 from tests.benchmarks.flower_secagg import (
     CLIPPING_RANGE,
     MAX_WEIGHT,
@@ -207,7 +207,8 @@ def our_view() -> tuple[Words, NDArray[np.int64], NDArray[np.int64]]:
         if item.owner == victim
     }
     seed = combine_our_shares(shares, threshold=group.parameters.threshold)
-    terms = UploadTerms(session=session, key_set=_key_set(group), peers=tuple(group.names), **HASHES).digest()
+    key_set = key_set_digest(session, [item.statement(session) for item in keys.values()])
+    terms = UploadTerms(session=session, key_set=key_set, peers=tuple(group.names), **HASHES).digest()
 
     def pair_key(private: bytes, other: str) -> bytes:
         agreed = agree(private, keys[victim].mask_public)
@@ -244,10 +245,6 @@ def _mask_private(group: OurConsortium, name: str) -> bytes:
     prepared = group.sites[name]._prepared
     assert prepared is not None
     return prepared.secrets.mask_private
-
-
-def _key_set(group: OurConsortium) -> bytes:
-    return group.server._key_set
 
 
 # -- both ------------------------------------------------------------------------------------------------
