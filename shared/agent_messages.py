@@ -14,8 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.canonical import canonical_json, digest
+from shared.enrolment import NAME
 from shared.errors import MalformedMessageError
 from shared.identity import SigningKey, VerifyKey
+from shared.study_plan import MAX_SITES
 from shared.wire import Envelope
 
 HELLO, HELLO_REPLY = "hello", "hello_reply"
@@ -108,7 +110,7 @@ class HelloReply:
     def from_envelope(cls, envelope: Envelope) -> HelloReply:
         body = _fields(envelope, HELLO_REPLY, {"site_id", "last_attempt", "version", "signature"})
         return cls(
-            site_id=text_field(body, "site_id", re.compile(r"[a-z0-9][a-z0-9-]{0,62}"), what=HELLO_REPLY),
+            site_id=text_field(body, "site_id", NAME, what=HELLO_REPLY),
             last_attempt=integer_field(body, "last_attempt", 0, MAX_ATTEMPT, what=HELLO_REPLY),
             version=text_field(body, "version", re.compile(r"[0-9A-Za-z.+-]{1,64}"), what=HELLO_REPLY),
             signature=text_field(body, "signature", re.compile(r"[0-9a-f]{128}"), what=HELLO_REPLY),
@@ -201,7 +203,11 @@ class VerdictRequest:
         names = {"attempt", "run_id", "candidate_sha256", "survivors", "pooled_counts"}
         body = _fields(envelope, VERDICT_REQUEST, names)
         survivors, counts = body["survivors"], body["pooled_counts"]
-        if not isinstance(survivors, list) or not all(isinstance(s, str) for s in survivors):
+        if (
+            not isinstance(survivors, list)
+            or len(survivors) > MAX_SITES
+            or not all(isinstance(s, str) and NAME.fullmatch(s) for s in survivors)
+        ):
             raise MalformedMessageError("verdict_request: malformed survivors")
         if (
             not isinstance(counts, list)

@@ -157,3 +157,16 @@ def test_each_field_of_each_message_is_checked(kind: str, value: Any) -> None:
             READ[kind](Envelope(kind, {**FIELDS[kind], name: value}))
     with pytest.raises(MalformedMessageError):
         READ[kind](Envelope(kind, FIELDS[kind], (b"a blob that nobody asked for",)))
+
+
+@pytest.mark.parametrize("survivors", [["a"] * 101, ["a" * 64], [""], ["A site"], [7], "a"])
+def test_survivors_of_a_verdict_request_are_at_most_100_site_ids(survivors: object) -> None:
+    body = {
+        "attempt": 1,
+        "run_id": "1",
+        "candidate_sha256": "0" * 64,
+        "survivors": survivors,
+        "pooled_counts": [1],
+    }
+    with pytest.raises(MalformedMessageError, match="malformed survivors"):
+        VerdictRequest.from_envelope(Envelope("verdict_request", body))

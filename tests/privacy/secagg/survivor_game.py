@@ -145,7 +145,8 @@ class CheatingServer:
 
     def tricks(self, name: str) -> list[Trick]:
         """All that can be asked of a site and is not refused, whoever signs. A refusal changes nothing at
-        a site (each test of a refusal checks that), so the rest comes down to one of these."""
+        a site (the named tests of refusals complete the attempt afterwards), so the rest comes down to one of
+        these."""
         found: list[Trick] = [(None, None)]
         firsts = [chosen for chosen in self.sets if self.confirm(name, chosen)]
         for first in (None, *firsts):
