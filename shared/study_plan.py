@@ -22,6 +22,8 @@ from shared.canonical import canonical_json, digest
 from shared.errors import CoordinatorError
 from shared.identity import VerifyKey
 
+_LATER_AUDIT_KEYS: dict[str, Any] = {"secondary_attacks": []}
+
 MAX_PLAN_BYTES = 1024 * 1024
 MAX_SITES = 100
 
@@ -175,6 +177,52 @@ class SecureAggregationClause(Clause):
     """Bound on each coordinate of a site's noiseless vector, in grid steps."""
 
 
+class SecondaryAttackClause(Clause):
+    """One more membership attack, every choice of it fixed before training (:mod:`privacy.audit.attacks`)."""
+
+    attack: Literal["loss", "sima", "pia", "secmi", "gradient_norm"]
+    timesteps: tuple[float, ...] = Field(min_length=1, max_length=64)
+    """Ascending, in [0, 1]. ``pia``: the first is the proximal query. ``secmi``: nodes of the path from the
+    latent; the last step is taken back."""
+    draws_per_timestep: int = Field(default=1, ge=1, le=256)
+    """Noises at each timestep: ``loss`` and ``gradient_norm`` only, the others draw none."""
+    norm: Literal[1, 2, 4] = 2
+    """Exponent of the figure's norm; 2 for ``loss``."""
+    member_side: Literal["low", "high"] = "low"
+    """On which side of a threshold a figure speaks for membership."""
+    calibrated: bool = False
+    """Whether the same figure of the public prior is taken off."""
+    guidance_scale: float = Field(default=1.0, ge=0, le=20)
+    """Of the attacked network; 1: without guidance."""
+    edges: tuple[float, ...] = ()
+    """Thresholds of the pooled count, on the score (higher speaks for membership); none where not pooled."""
+    pooled_weight: int = Field(default=0, ge=0, le=16)
+    """Weight in the pooled counts; 0: the figures stay at the site alone."""
+
+    @property
+    def attack_id(self) -> str:
+        """Name in reports, such as ``sima`` or ``pia, calibrated, guidance 3``."""
+        guided = "" if self.guidance_scale == 1.0 else f", guidance {self.guidance_scale:g}"
+        return self.attack + (", calibrated" if self.calibrated else "") + guided
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SecondaryAttackClause:
+        steps, edges = self.timesteps, self.edges
+        if not all(0.0 <= t <= 1.0 for t in steps) or any(a >= b for a, b in itertools.pairwise(steps)):
+            raise ValueError("timesteps ascend within [0, 1]")
+        if self.attack in ("pia", "secmi") and len(steps) < 2:
+            raise ValueError(f"{self.attack} compares two timesteps: at least 2 are needed")
+        if self.attack in ("sima", "pia", "secmi") and self.draws_per_timestep != 1:
+            raise ValueError(f"{self.attack} draws no noise: draws_per_timestep is 1")
+        if self.attack == "loss" and self.norm != 2:
+            raise ValueError("the loss is a squared error: norm is 2")
+        if len(edges) > 64 or any(a >= b for a, b in itertools.pairwise(edges)):
+            raise ValueError("edges: at most 64 ascending numbers")
+        if (self.pooled_weight > 0) != bool(edges):
+            raise ValueError("edges are given where pooled_weight is above 0, and nowhere else")
+        return self
+
+
 class AuditClause(Clause):
     """Membership inference, copies, and what their figures must be. Fixed before training."""
 
@@ -197,6 +245,20 @@ class AuditClause(Clause):
     max_auc: float = Field(default=0.6, ge=0.5, lt=1)
     """The gate refuses when the lower end of the pooled attack's AUC interval is above this."""
     power_at_auc: float = Field(default=0.9, gt=0.5, lt=1)
+    secondary_attacks: tuple[SecondaryAttackClause, ...] = Field(default=(), max_length=16)
+
+    @property
+    def pooled_attacks(self) -> tuple[SecondaryAttackClause, ...]:
+        """Secondary attacks whose counts leave the site."""
+        return tuple(attack for attack in self.secondary_attacks if attack.pooled_weight)
+
+    @field_validator("secondary_attacks")
+    @classmethod
+    def _distinct(cls, attacks: tuple[SecondaryAttackClause, ...]) -> tuple[SecondaryAttackClause, ...]:
+        names = [attack.attack_id for attack in attacks]
+        if len(set(names)) != len(names):
+            raise ValueError("an attack stands twice in secondary_attacks")
+        return attacks
 
     @field_validator("score_edges", "control_edges")
     @classmethod
@@ -252,10 +314,14 @@ class StudyPlan(Clause):
         return len(self.roster.sites)
 
     def canonical(self) -> bytes:
-        """RFC 8785 bytes: what is hashed and signed. A plan that never expires has no such key."""
+        """RFC 8785 bytes: what is hashed and signed. Keys that came after the first plans are left out
+        where they have the value that plans without them mean."""
         value = self.model_dump(mode="json")
         if self.expires is None:
             del value["expires"]
+        for name, absent in _LATER_AUDIT_KEYS.items():
+            if value["audit"][name] == absent:
+                del value["audit"][name]
         return canonical_json(value)
 
     def digest(self) -> bytes:

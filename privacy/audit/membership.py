@@ -119,7 +119,6 @@ def attack_losses(
 
     A loss that is not finite stays as it is; such a patient is counted nowhere.
     """
-    t_R, noise_RCDHW = noise.t_R.to(device), noise.noise_RCDHW.to(device)
     figures: FloatArray = np.zeros((2, len(patients)))
     modes = [(network, network.training) for network in (public_denoiser, candidate_denoiser)]
     try:
@@ -128,8 +127,8 @@ def attack_losses(
         for index, patient in enumerate(patients):
             z_SCDHW, condition_S = patient.latents_SCDHW.to(device), patient.conditions_S.to(device)
             for row, (network, _) in enumerate(modes):
-                figures[row, index] = _mean_loss(
-                    network, z_SCDHW, condition_S, t_R, noise_RCDHW, loss, batch_size
+                figures[row, index] = mean_loss(
+                    network, z_SCDHW, condition_S, noise, loss=loss, batch_size=batch_size
                 )
             if progress is not None:
                 progress(stage, index + 1, len(patients))
@@ -140,15 +139,17 @@ def attack_losses(
 
 
 @torch.no_grad()
-def _mean_loss(
+def mean_loss(
     network: nn.Module,
     z_SCDHW: Tensor,
     condition_S: Tensor,
-    t_R: Tensor,
-    noise_RCDHW: Tensor,
+    noise: AttackNoise,
+    *,
     loss: LossPerSample,
-    batch_size: int,
+    batch_size: int = 256,
 ) -> float:
+    """Mean loss of one patient over scans, timesteps and noises; NaN for a patient without scans."""
+    t_R, noise_RCDHW = noise.t_R.to(z_SCDHW.device), noise.noise_RCDHW.to(z_SCDHW.device)
     scans, rows = z_SCDHW.shape[0], t_R.shape[0]
     if scans == 0:
         return float("nan")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from shared.errors import UsageError
 from shared.model.autoencoder import LatentAutoencoder
+from shared.model.conditioning import GuidedVelocity
 from shared.model.denoiser import Denoiser
 
 _NOISE_STREAM = 0x4C61_6375
@@ -68,14 +69,10 @@ def sample_latents(
     z_BCDHW = initial_noise(seed=seed, first_index=first_index, count=b, shape=latent_shape).to(device)
     if b == 0:
         return z_BCDHW
-    null_B = torch.full_like(condition_B, denoiser.null_index)
+    guided = GuidedVelocity(denoiser, guidance_scale)
     for step in range(steps):
         t_B = torch.full((b,), 1.0 - step / steps, device=device)
-        v_BCDHW = denoiser(z_BCDHW, t_B, condition_B)
-        if guidance_scale != 1.0:
-            null_BCDHW = denoiser(z_BCDHW, t_B, null_B)
-            v_BCDHW = null_BCDHW + guidance_scale * (v_BCDHW - null_BCDHW)
-        z_BCDHW = z_BCDHW - v_BCDHW / steps
+        z_BCDHW = z_BCDHW - guided(z_BCDHW, t_B, condition_B) / steps
     return z_BCDHW
 
 
