@@ -73,7 +73,7 @@ class GuidedVelocity(nn.Module):
         null_index = getattr(denoiser, "null_index", None)
         if scale != 1.0 and not isinstance(null_index, int):
             raise UsageError("guidance needs a denoiser with a null class (null_index)")
-        self._null_index = null_index
+        self._null_index = null_index if isinstance(null_index, int) else -1
 
     def forward(self, z_BCDHW: Tensor, t_B: Tensor, condition_B: Tensor) -> Tensor:
         """Velocity v_BCDHW."""
