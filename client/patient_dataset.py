@@ -18,7 +18,7 @@ import fcntl
 import hmac
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,38 +27,21 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from client.ingest.manifest import Problem, ProblemKind, ScanEntry, ScanSource
-from client.ingest.quality import CheckedScan, check_scan, find_duplicates
+from client.ingest.quality import CheckedScan
+from client.ingest.scan import ScanEntry
 from shared.canonical import canonical_json, digest, framed, parse_json
 from shared.checkpoint import load_tensors, save_tensors
 from shared.errors import MalformedMessageError, SiteError
 from shared.study_plan import DataClause
-from shared.volumes.canonical_grid import CanonicalGrid, CanonicalScan, to_canonical
+from shared.volumes.canonical_grid import CanonicalGrid, CanonicalScan
 
 KEY_BYTES = 32
-MAX_LOST_SHARE = 0.1
-"""A scan is refused when the canonical window would cut off more than this share of its mask."""
 
 _FORMAT = "lacuna/site-scan/v1"
-
-Progress = Callable[[str, int, int], None]
-"""Called as (stage, done, total); stages are named "checking", "importing", "encoding", "sampling"."""
 
 
 class StoreError(SiteError):
     """The store is missing, in use, damaged, or was filled for another grid."""
-
-
-class ImportRefusedError(SiteError):
-    """A strict import met problems; nothing was imported. ``report`` names them."""
-
-    def __init__(self, report: ImportReport) -> None:
-        lines = "\n  ".join(str(problem) for problem in report.problems)
-        super().__init__(
-            f"nothing was imported: {len(report.problems)} problems\n  {lines}",
-            remedy="mend or remove these scans, or import without strict to leave them out",
-        )
-        self.report = report
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,28 +64,6 @@ class StoredScan:
     holdout_draw: float
     label_voxels: int
     lost_label_voxels: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImportReport:
-    """What an import did. Shown at the site only: it names the hospital's files.
-
-    Attributes:
-        imported: Files that were added now.
-        present: Files that were in the store already, with the same facts.
-        problems: Everything that was refused, each naming its file; a file may have several.
-        cut: (file, label voxels lost, of how many) for imported scans whose mask the window cuts.
-    """
-
-    imported: tuple[str, ...] = ()
-    present: tuple[str, ...] = ()
-    problems: tuple[Problem, ...] = ()
-    cut: tuple[tuple[str, int, int], ...] = ()
-
-    @property
-    def refused(self) -> tuple[str, ...]:
-        """Refused files, each once."""
-        return tuple(dict.fromkeys(problem.file for problem in self.problems))
 
 
 def is_held_out(site_key: bytes, patient_id: str, share: float) -> bool:
@@ -314,92 +275,3 @@ class SiteStore:
             )
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise StoreError(f"{path}: damaged ({error})", remedy="remove it and import again") from error
-
-
-def import_scans(
-    source: ScanSource,
-    store: SiteStore,
-    clause: DataClause,
-    *,
-    strict: bool = False,
-    max_lost_share: float = MAX_LOST_SHARE,
-    progress: Progress | None = None,
-) -> ImportReport:
-    """Check every scan of a source, then import the sound ones. Repeat it to go on after an interruption.
-
-    Args:
-        source: Where scans come from.
-        store: Where they go; filled for the grid of ``clause``.
-        clause: The plan's conditions, labels and grid.
-        strict: Refuse all if there is any problem.
-        max_lost_share: Largest share of a mask that the canonical window may cut off.
-        progress: Called after each scan.
-
-    Raises:
-        ImportRefusedError: ``strict``, and there are problems. Nothing was imported.
-        ManifestError: the source as a whole is unusable.
-        StoreError: the store is in use, damaged, or was filled for another grid.
-    """
-    with store.exclusively():
-        grid = store.bind(clause)
-        listing = source.listing(clause.conditions)
-        problems = list(listing.problems)
-        sound: list[tuple[ScanEntry, bytes, bytes]] = []
-        for done, entry in enumerate(listing.entries, start=1):
-            checked = check_scan(entry, n_labels=len(clause.labels))
-            if isinstance(checked, list):
-                problems.extend(checked)
-            else:
-                fault = _cut_problem(entry, to_canonical(checked.image, checked.mask, grid), max_lost_share)
-                if fault is None:
-                    sound.append((entry, checked.content_sha256, checked.mask_sha256))
-                else:
-                    problems.append(fault)
-            if progress is not None:
-                progress("checking", done, len(listing.entries))
-        duplicates = find_duplicates(sound)
-        problems.extend(duplicates.values())
-        stored = {scan.scan_key: scan for scan in store.scans()}
-        fresh: list[tuple[ScanEntry, bytes, bytes]] = []
-        present: list[str] = []
-        for entry, content, mask in sound:
-            if entry.name in duplicates:
-                continue
-            before = stored.get(store.scan_key(content))
-            if before is None:
-                fresh.append((entry, content, mask))
-            elif (differ := store.conflict(before, entry, mask)) is None:
-                present.append(entry.name)
-            else:
-                problems.append(Problem(file=entry.name, kind=ProblemKind.CONFLICT, detail=f"other {differ}"))
-        if strict and problems:
-            raise ImportRefusedError(ImportReport(problems=tuple(problems)))
-        imported: list[str] = []
-        cut: list[tuple[str, int, int]] = []
-        for done, (entry, content, mask) in enumerate(fresh, start=1):
-            checked = check_scan(entry, n_labels=len(clause.labels))
-            if isinstance(checked, list):
-                problems.extend(checked)
-                continue
-            if (checked.content_sha256, checked.mask_sha256) != (content, mask):
-                detail = "it changed while it was imported"
-                problems.append(Problem(file=entry.name, kind=ProblemKind.CHANGED_FILE, detail=detail))
-                continue
-            scan = to_canonical(checked.image, checked.mask, grid)
-            store.add(entry, scan, checked)
-            imported.append(entry.name)
-            if scan.lost_label_voxels:
-                cut.append((entry.name, scan.lost_label_voxels, scan.label_voxels))
-            if progress is not None:
-                progress("importing", done, len(fresh))
-        return ImportReport(
-            imported=tuple(imported), present=tuple(present), problems=tuple(problems), cut=tuple(cut)
-        )
-
-
-def _cut_problem(entry: ScanEntry, scan: CanonicalScan, max_lost_share: float) -> Problem | None:
-    if scan.lost_share <= max_lost_share and not scan.lost_labels:
-        return None
-    lost = f"{scan.lost_label_voxels} of {scan.label_voxels} label voxels lie outside"
-    names = "".join(f"; label {label} vanishes" for label in scan.lost_labels)
-    return Problem(file=entry.name, kind=ProblemKind.CUT_MASK, detail=lost + names)

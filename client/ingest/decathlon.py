@@ -12,23 +12,18 @@ about a hospital's own.
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from client.ingest.manifest import (
-    Listing,
-    ManifestError,
-    Problem,
-    ProblemKind,
-    ScanEntry,
-    drop_repeated_files,
-    read_csv_table,
-)
+from client.ingest.manifest import ManifestError, drop_repeated_files, read_csv_table
+from client.ingest.nifti_file import NiftiFile
+from client.ingest.scan import Listing, Problem, ProblemKind, ScanEntry
 from shared.canonical import framed
 from shared.errors import SiteError, UsageError
 from shared.volumes.nifti import VolumeFileError, read_volume
@@ -79,13 +74,11 @@ class DecathlonFolder:
             entry = ScanEntry(
                 patient_id=patient,
                 name=image_path.name,
-                image_path=image_path,
-                mask_path=mask_path,
+                image=NiftiFile(path=image_path, sha256=_checksum(row, "sha256_image")),
+                mask=NiftiFile(path=mask_path, sha256=_checksum(row, "sha256_label")),
                 condition="" if derived or not row else str(row["condition"]).strip(),
-                image_sha256=_checksum(row, "sha256_image"),
-                mask_sha256=_checksum(row, "sha256_label"),
             )
-            checked = self._checked(entry, derived, conditions)
+            checked = self._checked(entry, mask_path if derived else None, conditions)
             if isinstance(checked, Problem):
                 problems.append(checked)
             else:
@@ -93,18 +86,20 @@ class DecathlonFolder:
         unique, repeated = drop_repeated_files(entries)
         return Listing(entries=unique, problems=(*problems, *repeated))
 
-    def _checked(self, entry: ScanEntry, derived: bool, conditions: Sequence[str]) -> ScanEntry | Problem:
+    def _checked(
+        self, entry: ScanEntry, derive_from: Path | None, conditions: Sequence[str]
+    ) -> ScanEntry | Problem:
         if not entry.patient_id:
             return Problem(
                 file=entry.name, kind=ProblemKind.NO_PATIENT, detail=f"not in {self.patients_csv.name}"
             )
-        for path in (entry.image_path, entry.mask_path):
-            if not path.is_file():
-                return Problem(file=entry.name, kind=ProblemKind.MISSING_FILE, detail=path.name)
+        for source in (entry.image, entry.mask):
+            if source.missing is not None:
+                return Problem(file=entry.name, kind=ProblemKind.MISSING_FILE, detail=source.missing)
         condition = entry.condition
-        if derived and self.volume_cut_mm3 is not None:
+        if derive_from is not None and self.volume_cut_mm3 is not None:
             try:
-                volume = mask_volume_mm3(entry.mask_path)
+                volume = mask_volume_mm3(derive_from)
             except VolumeFileError as error:
                 return Problem(
                     file=entry.name, kind=ProblemKind.UNREADABLE_FILE, detail=f"mask {error.message}"
@@ -117,7 +112,7 @@ class DecathlonFolder:
                 kind=ProblemKind.UNKNOWN_CONDITION,
                 detail=f"{condition!r}; the plan knows {known}",
             )
-        return ScanEntry(**{**entry.__dict__, "condition": condition})
+        return replace(entry, condition=condition)
 
 
 def list_decathlon_files(path: Path) -> list[tuple[Path, Path]]:
@@ -129,15 +124,17 @@ def list_decathlon_files(path: Path) -> list[tuple[Path, Path]]:
     from monai.apps.datasets import DecathlonDataset  # imports torch
 
     try:
-        dataset = DecathlonDataset(
-            root_dir=path.parent,
-            task=path.name,
-            section="training",
-            val_frac=0.0,
-            download=False,
-            cache_num=0,
-            progress=False,
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # about readers of other formats
+            dataset = DecathlonDataset(
+                root_dir=path.parent,
+                task=path.name,
+                section="training",
+                val_frac=0.0,
+                download=False,
+                cache_num=0,
+                progress=False,
+            )
         items = [(Path(item["image"]), Path(item["label"])) for item in dataset.data]
     except (ValueError, RuntimeError, OSError, KeyError, TypeError, AttributeError) as error:
         raise ManifestError(

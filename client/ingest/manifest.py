@@ -11,14 +11,13 @@ import csv
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
-from typing import Protocol
 
 import pandas as pd
 from pandas.errors import ParserWarning
 
+from client.ingest.nifti_file import NiftiFile
+from client.ingest.scan import Listing, Problem, ProblemKind, ScanEntry
 from shared.errors import SiteError
 
 COLUMNS = ("patient", "scan", "condition", "mask")
@@ -27,79 +26,6 @@ MAX_MANIFEST_BYTES = 64 * 1024 * 1024
 
 class ManifestError(SiteError):
     """The manifest as a whole cannot be used: missing, not CSV, or with wrong columns."""
-
-
-class ProblemKind(StrEnum):
-    """Why a scan is refused. A closed list; names do not change."""
-
-    NO_PATIENT = "scan without a patient"
-    NO_SCAN = "row without a scan file"
-    NO_MASK = "scan without a mask"
-    UNKNOWN_CONDITION = "unknown condition"
-    MISSING_FILE = "missing file"
-    UNREADABLE_FILE = "unreadable file"
-    CHANGED_FILE = "content is not the one that was listed"
-    SHAPE_MISMATCH = "image and mask differ in shape"
-    AFFINE_MISMATCH = "image and mask differ in geometry"
-    NOT_FINITE = "NaN or infinite voxels"
-    CONSTANT_IMAGE = "constant image"
-    EMPTY_MASK = "empty mask"
-    UNKNOWN_LABEL = "unknown label values"
-    CUT_MASK = "mask does not fit the canonical grid"
-    DUPLICATE_NAME = "file listed more than once"
-    DUPLICATE_CONTENT = "same voxels as another scan"
-    CONFLICT = "already imported with other facts"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Problem:
-    """One scan that is refused, and why. Shown at the site only: it names the hospital's files."""
-
-    file: str
-    kind: ProblemKind
-    detail: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.file}: {self.kind}" + (f" ({self.detail})" if self.detail else "")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScanEntry:
-    """One scan as its source describes it. Never leaves the import: it has the clear patient id.
-
-    Attributes:
-        patient_id: The hospital's own id of the patient.
-        name: How problems name this scan: the file as the source lists it.
-        image_path: NIfTI file of the image.
-        mask_path: NIfTI file of the mask.
-        condition: Condition of this scan.
-        image_sha256: Checksum of the image's file (hexadecimal), where the source lists one.
-        mask_sha256: The same for the mask's file.
-    """
-
-    patient_id: str
-    name: str
-    image_path: Path
-    mask_path: Path
-    condition: str
-    image_sha256: str | None = None
-    mask_sha256: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Listing:
-    """What a source has: scans that are worth opening, problems of the others."""
-
-    entries: tuple[ScanEntry, ...]
-    problems: tuple[Problem, ...]
-
-
-class ScanSource(Protocol):
-    """Where scans come from."""
-
-    def listing(self, conditions: Sequence[str]) -> Listing:
-        """List the scans without opening them. ``conditions`` are the plan's."""
-        ...
 
 
 def read_manifest(path: Path, conditions: Sequence[str]) -> Listing:
@@ -137,8 +63,8 @@ def read_manifest(path: Path, conditions: Sequence[str]) -> Listing:
             ScanEntry(
                 patient_id=patient,
                 name=name,
-                image_path=image_path,
-                mask_path=mask_path,
+                image=NiftiFile(path=image_path),
+                mask=NiftiFile(path=mask_path),
                 condition=condition,
             )
         )
@@ -152,13 +78,13 @@ def drop_repeated_files(entries: Iterable[ScanEntry]) -> tuple[tuple[ScanEntry, 
     Where all rows agree on patient, condition and mask, the first stays. Where they do not, it is unknown
     which is true, and all of them are refused: a scan under two patients would break the unit of privacy.
     """
-    by_file: dict[Path, list[ScanEntry]] = defaultdict(list)
+    by_file: dict[str, list[ScanEntry]] = defaultdict(list)
     for entry in entries:
-        by_file[entry.image_path.resolve()].append(entry)
+        by_file[entry.image.identity].append(entry)
     kept: list[ScanEntry] = []
     problems: list[Problem] = []
     for group in by_file.values():
-        agree = len({(entry.patient_id, entry.condition, entry.mask_path.resolve()) for entry in group}) == 1
+        agree = len({(entry.patient_id, entry.condition, entry.mask.identity) for entry in group}) == 1
         kept.extend(group[:1] if agree else [])
         for entry in group[1:] if agree else (group if len(group) > 1 else []):
             detail = f"{len(group)} times" + (

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from client.ingest.manifest import Listing, ManifestError, read_manifest
+from client.ingest.manifest import ManifestError, read_manifest
+from client.ingest.scan import Listing
 
 MANIFEST_NAME = "manifest.csv"
 

@@ -10,12 +10,17 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from client.ingest.manifest import Problem, ProblemKind, ScanEntry
-from shared.checkpoint import file_sha256
-from shared.volumes.nifti import Volume, VolumeFileError, read_volume
+from client.ingest.scan import LoadedVolume, Problem, ProblemKind, ScanEntry, UnusableScanError
+from shared.volumes.nifti import Volume
 
 AFFINE_TOLERANCE_MM = 1e-2
 """How far a corner of the mask may lie from the same corner of the image, in millimetres."""
+
+
+Show = Callable[[str, Volume, Volume | None], None]
+"""Called as (name of the scan, image, mask or None), to draw it for the import's report."""
+
+Refuse = Callable[[ProblemKind, str], None]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -28,47 +33,68 @@ class CheckedScan:
         content_sha256: 32 bytes, of the image's shape and voxels (as float32, scaled): the same for the same
             image under another name, compression, data type or header.
         mask_sha256: The same for the mask.
+        repairs: What was set right while reading, in words.
     """
 
     image: Volume
     mask: Volume
     content_sha256: bytes
     mask_sha256: bytes
+    repairs: tuple[str, ...] = ()
 
 
-def check_scan(entry: ScanEntry, *, n_labels: int) -> CheckedScan | list[Problem]:
+def check_scan(entry: ScanEntry, *, n_labels: int, show: Show | None = None) -> CheckedScan | list[Problem]:
     """Open a scan and check it.
 
     Args:
         entry: What to open.
         n_labels: Labels of the plan, without background.
+        show: Given the image of a scan that is refused, where it can be read at all.
 
     Returns:
         The scan, or all that is wrong with it (at least one problem).
     """
     problems: list[Problem] = []
 
-    def refuse(kind: ProblemKind, detail: str = "") -> None:
+    def refuse(kind: ProblemKind, detail: str) -> None:
         problems.append(Problem(file=entry.name, kind=kind, detail=detail))
 
-    volumes: list[Volume] = []
-    for path, listed, role in (
-        (entry.image_path, entry.image_sha256, ""),
-        (entry.mask_path, entry.mask_sha256, "mask "),
-    ):
-        if not path.is_file():
-            refuse(ProblemKind.MISSING_FILE, f"{role}{path.name}")
-            continue
-        if listed is not None and file_sha256(path) != listed:
-            refuse(ProblemKind.CHANGED_FILE, f"{role}{path.name}")
-            continue
-        try:
-            volumes.append(read_volume(path))
-        except VolumeFileError as error:
-            refuse(ProblemKind.UNREADABLE_FILE, f"{role}{error.message}")
-    if problems:
+    image, mask = _loaded(entry, refuse)
+    if image is None or mask is None:
+        if image is not None and show is not None:
+            show(entry.name, image.volume, None)
         return problems
-    image, mask = volumes
+    _check_together(image.volume, mask.volume, n_labels, refuse)
+    if problems:
+        if show is not None:
+            show(entry.name, image.volume, None)
+        return problems
+    return CheckedScan(
+        image=image.volume,
+        mask=mask.volume,
+        content_sha256=voxel_sha256(image.volume.voxels_DHW),
+        mask_sha256=voxel_sha256(mask.volume.voxels_DHW),
+        repairs=(*image.repairs, *mask.repairs),
+    )
+
+
+def _loaded(entry: ScanEntry, refuse: Refuse) -> tuple[LoadedVolume | None, LoadedVolume | None]:
+    """Image and mask; what cannot be read is refused."""
+    try:
+        image = entry.image.read()
+    except UnusableScanError as error:
+        refuse(error.kind, error.detail)
+        if entry.mask.missing is not None:
+            refuse(ProblemKind.MISSING_FILE, f"mask {entry.mask.missing}")
+        return None, None
+    try:
+        return image, entry.mask.read(image.volume)
+    except UnusableScanError as error:
+        refuse(error.kind, f"mask {error.detail}")
+        return image, None
+
+
+def _check_together(image: Volume, mask: Volume, n_labels: int, refuse: Refuse) -> None:
     if image.shape != mask.shape:
         refuse(ProblemKind.SHAPE_MISMATCH, f"{image.shape} and {mask.shape}")
     elif (distance := _corner_distance_mm(image, mask)) > AFFINE_TOLERANCE_MM:
@@ -76,23 +102,13 @@ def check_scan(entry: ScanEntry, *, n_labels: int) -> CheckedScan | list[Problem
     if image.voxels_DHW.dtype.kind not in "biuf":
         refuse(ProblemKind.UNREADABLE_FILE, f"voxels of type {image.voxels_DHW.dtype}")
     elif not np.isfinite(image.voxels_DHW).all():
-        refuse(ProblemKind.NOT_FINITE)
+        refuse(ProblemKind.NOT_FINITE, "")
     elif image.voxels_DHW.min() == image.voxels_DHW.max():
-        refuse(ProblemKind.CONSTANT_IMAGE)
+        refuse(ProblemKind.CONSTANT_IMAGE, "")
     _check_labels(mask.voxels_DHW, n_labels, refuse)
-    if problems:
-        return problems
-    return CheckedScan(
-        image=image,
-        mask=mask,
-        content_sha256=voxel_sha256(image.voxels_DHW),
-        mask_sha256=voxel_sha256(mask.voxels_DHW),
-    )
 
 
-def _check_labels(
-    labels_DHW: NDArray[np.generic], n_labels: int, refuse: Callable[[ProblemKind, str], None]
-) -> None:
+def _check_labels(labels_DHW: NDArray[np.generic], n_labels: int, refuse: Refuse) -> None:
     if labels_DHW.dtype.kind not in "biuf" or not np.isfinite(labels_DHW).all():
         refuse(ProblemKind.NOT_FINITE, "mask")
         return

@@ -126,7 +126,7 @@ def import_scans(
     from client.ingest.decathlon import DecathlonFolder, read_patient_list
     from client.ingest.nifti import NiftiFolder
     from client.patient_dataset import SiteStore
-    from client.patient_dataset import import_scans as run_import
+    from client.scan_import import import_scans as run_import
 
     if (nifti is None) == (decathlon is None):
         raise UsageError("give either --nifti or --decathlon")

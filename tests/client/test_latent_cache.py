@@ -12,7 +12,8 @@ import torch
 from client.ingest.nifti import NiftiFolder
 from client.ingest.phantoms import write_phantom_folder
 from client.latent_cache import LatentCache, LatentError
-from client.patient_dataset import SiteStore, import_scans
+from client.patient_dataset import SiteStore
+from client.scan_import import import_scans
 from shared.model.autoencoder import LatentAutoencoder, build_autoencoder
 from shared.model.presets import PRESETS
 from shared.study_plan import DataClause

@@ -15,7 +15,8 @@ import pytest
 
 from client.ingest.nifti import NiftiFolder
 from client.ingest.phantoms import write_phantom_folder
-from client.patient_dataset import SiteStore, StoreError, holdout_draw, import_scans, is_held_out
+from client.patient_dataset import SiteStore, StoreError, holdout_draw, is_held_out
+from client.scan_import import import_scans
 from shared.errors import UsageError
 from shared.study_plan import DataClause
 from shared.volumes.intensity import normalise_intensity
@@ -150,7 +151,8 @@ _IMPORT = """
 import sys, time
 from pathlib import Path
 from client.ingest.nifti import NiftiFolder
-from client.patient_dataset import SiteStore, import_scans
+from client.patient_dataset import SiteStore
+from client.scan_import import import_scans
 from shared.study_plan import DataClause
 clause = DataClause.model_validate_json(sys.argv[3])
 def progress(stage, done, total):

@@ -24,8 +24,10 @@ from client.ingest.decathlon import (
     split_patients,
     volume_condition_cut,
 )
-from client.ingest.manifest import ManifestError, ProblemKind
-from client.patient_dataset import SiteStore, import_scans
+from client.ingest.manifest import ManifestError
+from client.ingest.scan import ProblemKind
+from client.patient_dataset import SiteStore
+from client.scan_import import import_scans
 from shared.errors import SiteError, UsageError
 from shared.study_plan import DataClause
 
@@ -79,7 +81,7 @@ def test_scans_are_listed_with_patients_and_derived_conditions(task: Path) -> No
         ("C", NORMAL),
         ("D", NORMAL),
     ]
-    assert mask_volume_mm3(listing.entries[3].mask_path) == 125.0
+    assert mask_volume_mm3(listing.entries[3].mask.path) == 125.0
 
 
 def test_the_cut_belongs_to_the_larger_side(task: Path) -> None:

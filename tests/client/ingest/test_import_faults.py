@@ -11,9 +11,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from client.ingest.manifest import ManifestError, ProblemKind, read_manifest
+from client.ingest.manifest import ManifestError, read_manifest
 from client.ingest.nifti import NiftiFolder
-from client.patient_dataset import ImportRefusedError, SiteStore, import_scans
+from client.ingest.scan import ProblemKind
+from client.patient_dataset import SiteStore
+from client.scan_import import ImportRefusedError, import_scans
 from shared.study_plan import DataClause
 
 CLAUSE = DataClause(
