@@ -61,6 +61,7 @@ def train_on(
     autoencoder_steps: int | None,
     prior_steps: int | None,
     seed: int,
+    device: str = "cpu",
     progress: Progress | None = None,
 ) -> None:
     """Train both networks on public scans, then calibrate on those that were held out.
@@ -86,6 +87,7 @@ def train_on(
         out_dir=folder,
         recipe=recipe,
         data_description=f"{len(volumes)} public scans of {len(patients)} patients",
+        device=device,
         progress=None if progress is None else lambda stage, done, total, _: progress(stage, done, total),
     )
     _calibrate(folder, pair, volumes, unseen=held_out_patients(patients, recipe.held_out_share))

@@ -122,6 +122,7 @@ def pretrain(
     data_description: str,
     progress: Progress | None = None,
     resume: bool = True,
+    device: str = "cpu",
 ) -> PretrainedPair:
     """Train autoencoder and prior on public volumes and write both with their recipe.
 
@@ -134,6 +135,7 @@ def pretrain(
         recipe: Schedules, losses, augmentation, public seeds.
         data_description: One line for the recipe: where the public volumes come from.
         resume: Continue a state of the same recipe in ``out_dir``; otherwise begin anew.
+        device: Torch device to train on.
 
     Raises:
         CoordinatorError: volumes that do not fit each other or the plan, fewer than two patients, or a loss
@@ -154,7 +156,7 @@ def pretrain(
         for path in states.values():
             path.unlink(missing_ok=True)
 
-    autoencoder = build_autoencoder(preset, n_labels=len(labels), seed=recipe.autoencoder.seed)
+    autoencoder = build_autoencoder(preset, n_labels=len(labels), seed=recipe.autoencoder.seed).to(device)
     train_autoencoder(
         autoencoder,
         image_N1DHW[~held_out_N],
@@ -174,7 +176,7 @@ def pretrain(
         autoencoder, image_N1DHW[~held_out_N], mask_NDHW[~held_out_N], condition_N[~held_out_N], recipe
     )
     held_out_z = encode_batches(autoencoder, image_N1DHW[held_out_N], mask_NDHW[held_out_N])
-    denoiser = build_denoiser(preset, n_conditions=len(table), seed=recipe.prior.seed)
+    denoiser = build_denoiser(preset, n_conditions=len(table), seed=recipe.prior.seed).to(device)
     history = train_denoiser(
         denoiser,
         z_MCDHW,
@@ -249,9 +251,10 @@ def reconstruction_figures(
         the original, where a mask is; 1 is as sharp), and per label ``dice_NAME`` (mean over volumes).
     """
     z_NCDHW = encode_batches(autoencoder, image_N1DHW, mask_NDHW)
-    decoded = [autoencoder.decode(z_NCDHW[i : i + 32]) for i in range(0, z_NCDHW.shape[0], 32)]
-    output_N1DHW = torch.cat([image for image, _ in decoded])
-    output_NDHW = torch.cat([mask for _, mask in decoded])
+    device = next(autoencoder.parameters()).device
+    decoded = [autoencoder.decode(z_NCDHW[i : i + 32].to(device)) for i in range(0, z_NCDHW.shape[0], 32)]
+    output_N1DHW = torch.cat([image.cpu() for image, _ in decoded])
+    output_NDHW = torch.cat([mask.cpu() for _, mask in decoded])
     inside = (mask_NDHW > 0)[:, None]
     figures = {
         "l1": float((output_N1DHW - image_N1DHW).abs().mean()),

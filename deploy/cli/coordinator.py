@@ -70,6 +70,7 @@ def enrol(request: Path, study_id: str, fingerprint: str) -> None:
 @click.option("--autoencoder-steps", type=int, help="Default: by preset.")
 @click.option("--prior-steps", type=int, help="Default: by preset.")
 @click.option("--seed", type=int, default=7, show_default=True)
+@click.option("--device", default="cpu", show_default=True, help="Torch device to train on.")
 def pretrain(
     study_id: str,
     shipped: bool,
@@ -84,6 +85,7 @@ def pretrain(
     autoencoder_steps: int | None,
     prior_steps: int | None,
     seed: int,
+    device: str,
 ) -> None:
     """Make the public autoencoder and prior, from public volumes only. Repeat it to continue."""
     from deploy import public_networks
@@ -109,6 +111,7 @@ def pretrain(
                 autoencoder_steps=autoencoder_steps,
                 prior_steps=prior_steps,
                 seed=seed,
+                device=device,
                 progress=progress,
             )
     click.echo(f"public networks, recipe and calibration: {folder}")

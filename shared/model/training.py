@@ -1,7 +1,8 @@
 """Plain training on PUBLIC volumes: the autoencoder, and the prior of the denoiser.
 
 Nothing here is private, and nothing here may see a member's scan. Both loops are functions of a public seed
-and of their step: a run that was killed and resumed gives the weights of one that was not.
+and of their step: a run that was killed and resumed gives the weights of one that was not. They train on the
+network's device; volumes stay on the CPU, where each batch is drawn and augmented.
 """
 
 from __future__ import annotations
@@ -185,7 +186,8 @@ def train_autoencoder(
         rows = torch.randint(image_N1DHW.shape[0], (schedule.batch_size,), generator=generator)
         image, mask = augment(image_N1DHW[rows], mask_NDHW[rows], augmentation, generator)
         noise = torch.randn((schedule.batch_size, *latent_shape), generator=generator)
-        return reconstruction_loss(autoencoder, image, mask, weights, noise)
+        device = _device(autoencoder)
+        return reconstruction_loss(autoencoder, image.to(device), mask.to(device), weights, noise.to(device))
 
     _train("autoencoder", autoencoder.network, step_loss, schedule, progress, state_path)
     set_latent_statistics(autoencoder, image_N1DHW, mask_NDHW)
@@ -205,9 +207,12 @@ def set_latent_statistics(autoencoder: LatentAutoencoder, image_N1DHW: Tensor, m
 def encode_batches(
     autoencoder: LatentAutoencoder, image_N1DHW: Tensor, mask_NDHW: Tensor, *, batch_size: int = 32
 ) -> Tensor:
-    """Normalised latents z_NCDHW of many volumes."""
+    """Normalised latents z_NCDHW of many volumes, on the CPU, whatever the autoencoder's device."""
+    device = _device(autoencoder)
     pieces = [
-        autoencoder.encode(image_N1DHW[i : i + batch_size], mask_NDHW[i : i + batch_size])
+        autoencoder.encode(
+            image_N1DHW[i : i + batch_size].to(device), mask_NDHW[i : i + batch_size].to(device)
+        ).cpu()
         for i in range(0, image_N1DHW.shape[0], batch_size)
     ]
     return torch.cat(pieces)
@@ -240,6 +245,7 @@ def train_denoiser(
     if held_out_z_MCDHW.shape[0] == 0:
         raise UsageError("the prior is chosen by held-out public loss: hold at least one patient out")
     shape = tuple(z_NCDHW.shape[1:])
+    device = _device(denoiser)
     every = max(1, schedule.steps // max(1, evaluations))
     history: list[tuple[int, float]] = []
     best: dict[str, Tensor] = {}
@@ -250,7 +256,8 @@ def train_denoiser(
         noise = torch.randn((schedule.batch_size, *shape), generator=generator)
         dropped_B = torch.rand(schedule.batch_size, generator=generator) < schedule.condition_dropout
         condition_B = drop_condition(condition_N[rows], dropped_B, null_index=denoiser.null_index)
-        return per_sample_loss(denoiser, z_NCDHW[rows], condition_B, t_B, noise).mean()
+        batch = (tensor.to(device) for tensor in (z_NCDHW[rows], condition_B, t_B, noise))
+        return per_sample_loss(denoiser, *batch).mean()
 
     def evaluate(step: int) -> None:
         if step % every and step != schedule.steps:
@@ -278,6 +285,7 @@ def held_out_loss(
 ) -> float:
     """Mean flow loss over public latents at fixed (seeded) timesteps and noise, ``draws`` per latent."""
     generator = torch.Generator().manual_seed(seed)
+    device = _device(denoiser)
     total = 0.0
     for draw in range(draws):
         # Stratified logit-normal timesteps: the same for each call, spread evenly over the distribution.
@@ -286,8 +294,8 @@ def held_out_loss(
         noise = torch.randn(z_MCDHW.shape, generator=generator)
         for i in range(0, z_MCDHW.shape[0], 64):
             rows = slice(i, i + 64)
-            loss_B = per_sample_loss(denoiser, z_MCDHW[rows], condition_M[rows], t_M[rows], noise[rows])
-            total += float(loss_B.sum())
+            batch = (tensor[rows].to(device) for tensor in (z_MCDHW, condition_M, t_M, noise))
+            total += float(per_sample_loss(denoiser, *batch).sum())
     return total / (draws * z_MCDHW.shape[0])
 
 
@@ -391,14 +399,14 @@ class _ResumableState:
             return
         tensors = {f"model.{name}": array for name, array in state_arrays(self.module).items()}
         for i, value in enumerate(self.average.values):
-            tensors[f"average.{i}"] = value.numpy()
+            tensors[f"average.{i}"] = value.cpu().numpy()
         for i, moments in self.optimizer.state_dict()["state"].items():
             for key, value in moments.items():
-                tensors[f"optimizer.{i}.{key}"] = value.numpy()
+                tensors[f"optimizer.{i}.{key}"] = value.cpu().numpy()
         if self.kept is not None:
             history, best = self.kept
             tensors["history"] = np.array(history, dtype=np.float64).reshape(-1, 2)
-            tensors |= {f"best.{name}": value.numpy() for name, value in best.items()}
+            tensors |= {f"best.{name}": value.cpu().numpy() for name, value in best.items()}
         save_tensors(self.path, tensors, {"identity": self.identity, "step": str(step)})
 
     def load(self) -> int:
@@ -414,7 +422,8 @@ class _ResumableState:
             parts.setdefault(head, {})[rest] = array
         load_state_arrays(self.module, parts["model"], what=str(self.path))
         self.average.values[:] = [
-            torch.from_numpy(parts["average"][str(i)]) for i in range(len(self.average.values))
+            torch.from_numpy(parts["average"][str(i)]).to(value.device)
+            for i, value in enumerate(self.average.values)
         ]
         moments: dict[int, dict[str, Tensor]] = {}
         for name, array in parts["optimizer"].items():
@@ -426,6 +435,10 @@ class _ResumableState:
             history[:] = [(int(step), float(loss)) for step, loss in tensors["history"]]
             best.update({name: torch.from_numpy(array) for name, array in parts.get("best", {}).items()})
         return int(metadata["step"])
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
 
 
 def _grid(image_N1DHW: Tensor) -> tuple[int, int, int]:
