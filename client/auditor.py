@@ -43,7 +43,6 @@ from privacy.audit.verdict import PlantedLeak, attack_bound, level_of_test
 from shared.canonical import digest
 from shared.errors import MalformedMessageError
 from shared.model.denoiser import Denoiser
-from shared.model.diffusion import per_sample_loss
 from shared.model.sampling import sample_latents
 from shared.study_plan import StudyPlan
 
@@ -168,7 +167,7 @@ def audit_candidate(
     autoencoder: Autoencoder | None,
     members: Sequence[ScansOfPatient],
     held_out: Sequence[ScansOfPatient],
-    loss: LossPerSample = per_sample_loss,
+    loss: LossPerSample | None = None,
     device: str | torch.device = "cpu",
     progress: Progress | None = None,
 ) -> LocalAudit:
@@ -180,11 +179,13 @@ def audit_candidate(
         candidate_denoiser: The network that is to be released. Neither network is changed.
         autoencoder: The public autoencoder; None compares latents as they are.
         members, held_out: This hospital's patients (``PatientScans``).
+        loss: None is the loss of the candidate's own diffusion.
         progress: Called as (stage, done, total).
 
     Guarantee: adding or removing one patient moves ``counts`` by at most ``CountsLayout.sensitivity`` in L2.
     """
     clause, plan_digest = plan.audit, plan.digest()
+    loss = loss or candidate_denoiser.diffusion.per_sample_loss
     seed = audit_seed(plan_digest, candidate_denoiser)
     latent_shape = candidate_denoiser.preset.latent_shape(plan.data.grid_shape)
     conditions_N = torch.arange(max(clause.copy_samples, 2 * PLANTED)) % len(plan.data.conditions)

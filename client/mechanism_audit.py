@@ -17,7 +17,7 @@ from privacy.audit.mechanism_statement import MechanismStatement, make_statement
 from privacy.dp.execution_plan import check_plan
 from privacy.dp.patient_gradients import NamedParameters, PerSampleLoss
 from shared.model.candidate import load_prior
-from shared.model.diffusion import per_sample_loss, timesteps_from_uniform
+from shared.model.diffusion import timesteps_from_uniform
 from shared.model.presets import preset_named
 from shared.plan_package import PlanPackage
 
@@ -55,7 +55,7 @@ def audit_installation(
 
 def _build_network(package: PlanPackage) -> tuple[nn.Module, NamedParameters, PerSampleLoss]:
     denoiser, parameters = load_prior(package.plan, package.prior)
-    return denoiser, parameters, per_sample_loss
+    return denoiser, parameters, denoiser.diffusion.per_sample_loss
 
 
 def installation_statement(

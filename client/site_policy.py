@@ -56,7 +56,7 @@ class SitePolicy(BaseModel):
     """Smallest max_colluding that a plan must tolerate."""
     min_holdout_share: float = Field(default=0.1, ge=0, lt=1)
     allowed_modes: tuple[Mode, ...] = ("distributed", "local")
-    allowed_presets: tuple[Identifier, ...] = ("micro", "tiny")
+    allowed_presets: tuple[Identifier, ...] = ("micro", "tiny", "base", "h200")
     allowed_trainable: tuple[TrainableSubset, ...] = ("all", "attention", "conditioning", "low_rank")
     allow_unprotected: bool = False
     """True admits mode ``unprotected``, which plans may use with simulated data only."""

@@ -26,7 +26,7 @@ from shared.home import write_private
 from shared.model.autoencoder import LatentAutoencoder, build_autoencoder
 from shared.model.candidate import load_prior, write_candidate
 from shared.model.denoiser import assign
-from shared.model.diffusion import per_sample_loss, timesteps_from_uniform
+from shared.model.diffusion import timesteps_from_uniform
 from shared.model.presets import preset_named
 from shared.model.weights import load_weights
 from shared.plan_package import PlanPackage
@@ -85,7 +85,7 @@ class SiteWorkbench:
         self._trainer = PatientTrainer(
             self._denoiser,
             self._parameters,
-            loss=per_sample_loss,
+            loss=self._denoiser.diffusion.per_sample_loss,
             execution_plan=self._execution,
             secret=secret,
             device=device,

@@ -29,7 +29,7 @@ from shared.model.denoiser import (
     flatten,
     parameter_subset,
 )
-from shared.model.diffusion import per_sample_loss, timesteps_from_normal
+from shared.model.diffusion import timesteps_from_normal
 from shared.model.presets import preset_named
 from shared.model.sampling import generate_volumes
 from shared.model.shipped import shipped_pair
@@ -176,6 +176,7 @@ def clipped_gradient_sum(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Sum over patients of their clipped gradients [d], and the norms before clipping."""
     draws = setting.draws_per_patient
+    loss = hooked._module.diffusion.per_sample_loss
     total = np.zeros(sum(parameter.numel() for _, parameter in params))
     norms = []
     for i in range(0, len(patients), patients_per_batch):
@@ -187,7 +188,8 @@ def clipped_gradient_sum(
         t_B = timesteps_from_normal(torch.from_numpy(rng.standard_normal(len(condition_B), np.float32)))
         noise = torch.from_numpy(rng.standard_normal(tuple(z_BCDHW.shape), np.float32))
         hooked.zero_grad(set_to_none=True)
-        per_sample_loss(hooked, z_BCDHW, condition_B, t_B, noise).sum().backward()  # type: ignore[no-untyped-call]
+        loss_B = loss(hooked, z_BCDHW, condition_B, t_B, noise)
+        loss_B.sum().backward()
         gradient_Pd = torch.cat(
             [
                 parameter.grad_sample.view(len(batch), draws, -1).mean(dim=1)  # type: ignore[attr-defined]
@@ -212,7 +214,7 @@ def flow_loss(denoiser: Denoiser, z_NCDHW: Tensor, condition_N: Tensor, *, draws
     for _ in range(draws):
         t_N = timesteps_from_normal(torch.randn(z_NCDHW.shape[0], generator=generator))
         noise = torch.randn(z_NCDHW.shape, generator=generator)
-        total += float(per_sample_loss(denoiser, z_NCDHW, condition_N, t_N, noise).mean())
+        total += float(denoiser.diffusion.per_sample_loss(denoiser, z_NCDHW, condition_N, t_N, noise).mean())
     return total / draws
 
 

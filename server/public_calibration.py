@@ -24,7 +24,6 @@ from shared.errors import CoordinatorError
 from shared.home import write_private
 from shared.model.autoencoder import LatentAutoencoder, build_autoencoder
 from shared.model.denoiser import build_denoiser, parameter_subset
-from shared.model.diffusion import per_sample_loss
 from shared.model.presets import preset_named
 from shared.model.sampling import sample_latents
 from shared.model.training import encode_batches
@@ -78,6 +77,7 @@ def calibrate_public(
         bytes(32), timesteps=timesteps, draws_per_timestep=draws_per_timestep, latent_shape=latent_shape
     )
     prior.eval()
+    per_sample_loss = prior.diffusion.per_sample_loss
     losses = attack_losses(
         public_denoiser=prior, candidate_denoiser=prior, patients=fresh, noise=noise, loss=per_sample_loss
     )

@@ -19,6 +19,7 @@ from shared.model.autoencoder import LatentAutoencoder, build_autoencoder
 from shared.model.candidate import load_denoiser
 from shared.model.conditioning import ConditionTable
 from shared.model.denoiser import Denoiser
+from shared.model.diffusion import diffusion_of
 from shared.model.presets import preset_named
 from shared.model.sampling import sample_latents
 from shared.model.weights import load_weights
@@ -33,7 +34,6 @@ from shared.volumes.synthetic import (
     write_pair,
 )
 
-SAMPLER = "rectified-flow-euler"
 MAX_COUNT = 1_000_000
 MAX_SHEET_SAMPLES = 12
 METADATA_FILE = "configs/metadata.json"
@@ -230,7 +230,7 @@ def generate_volumes(
         study_id=metadata.study_id,
         condition=condition,
         seed=seed,
-        sampler=SAMPLER,
+        sampler=diffusion_of(preset_named(metadata.preset)).sampler,
         steps=steps,
         guidance_scale=float(guidance),
         labels=metadata.labels,

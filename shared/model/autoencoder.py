@@ -2,7 +2,9 @@
 
 MONAI's ``AutoencoderKL`` (Rombach et al. 2022; Pinaya et al. 2022) works on space-to-depth input: blocks of
 voxels move to channels first, which makes it about ten times cheaper than at full resolution (DESIGN,
-section 11). It is trained on public data only.
+section 11). It is trained on public data only. Presets with ``mask_latent_channels`` have two networks, one
+for the image at full resolution and one for the mask, whose latents are concatenated: so that a public image
+autoencoder fits.
 
 Shape suffixes: B batch, C latent channels, K labels with background, D H W voxels or latent cells.
 """
@@ -41,22 +43,20 @@ class LatentAutoencoder(nn.Module):
             raise UsageError(f"{n_labels} mask labels: at least 1 (background not counted) and at most 64")
         self.preset = preset
         self.n_labels = n_labels
-        channels = (2 + n_labels) * preset.space_to_depth**3
-        self.network = AutoencoderKL(
-            spatial_dims=3,
-            in_channels=channels,
-            out_channels=channels,
-            num_res_blocks=preset.autoencoder_res_blocks,
+        shared = preset.mask_latent_channels == 0
+        self.network = _network(
+            preset,
+            in_channels=(2 + n_labels if shared else 1) * preset.space_to_depth**3,
             channels=preset.autoencoder_channels,
-            attention_levels=(False,) * len(preset.autoencoder_channels),
-            latent_channels=preset.latent_channels,
-            norm_num_groups=preset.norm_groups,
-            with_encoder_nonlocal_attn=False,
-            with_decoder_nonlocal_attn=False,
+            latent_channels=preset.latent_channels - preset.mask_latent_channels,
         )
-        # MONAI's posterior starts with a deviation of about 1, above its mean's: hundreds of steps of noise.
-        nn.init.zeros_(self.network.quant_conv_log_sigma.conv.weight)
-        nn.init.constant_(self.network.quant_conv_log_sigma.conv.bias, INITIAL_LOG_VARIANCE)
+        if not shared:
+            self.mask_network = _network(
+                preset,
+                in_channels=(1 + n_labels) * preset.latent_factor**3,
+                channels=preset.autoencoder_channels[:1],
+                latent_channels=preset.mask_latent_channels,
+            )
         self.register_buffer("latent_mean_C", torch.zeros(preset.latent_channels))
         self.register_buffer("latent_std_C", torch.ones(preset.latent_channels))
 
@@ -83,14 +83,26 @@ class LatentAutoencoder(nn.Module):
         """Mean and standard deviation of raw (not normalised) latents, each [B, C, D, H, W]."""
         self._check(image_B1DHW, mask_BDHW)
         onehot_BKDHW = F.one_hot(mask_BDHW.long(), self.n_labels + 1).movedim(-1, 1).to(image_B1DHW.dtype)
-        x_BCDHW = torch.cat([image_B1DHW, onehot_BKDHW], dim=1) * 2.0 - 1.0
-        mean_BCDHW, std_BCDHW = self.network.encode(space_to_depth(x_BCDHW, self.preset.space_to_depth))
-        return mean_BCDHW, std_BCDHW
+        edge = self.preset.space_to_depth
+        if self.preset.mask_latent_channels == 0:
+            x_BCDHW = torch.cat([image_B1DHW, onehot_BKDHW], dim=1) * 2.0 - 1.0
+            mean_BCDHW, std_BCDHW = self.network.encode(space_to_depth(x_BCDHW, edge))
+            return mean_BCDHW, std_BCDHW
+        parts = (
+            self.network.encode(space_to_depth(image_B1DHW, edge)),
+            self.mask_network.encode(space_to_depth(onehot_BKDHW * 2.0 - 1.0, self.preset.latent_factor)),
+        )
+        return torch.cat([mean for mean, _ in parts], dim=1), torch.cat([std for _, std in parts], dim=1)
 
     def decode_logits(self, raw_BCDHW: Tensor) -> tuple[Tensor, Tensor]:
         """Unclamped image_B1DHW and mask logits_BKDHW of raw (not normalised) latents."""
-        x_BCDHW = depth_to_space(self.network.decode(raw_BCDHW), self.preset.space_to_depth)
-        return x_BCDHW[:, :1] * 0.5 + 0.5, x_BCDHW[:, 1:]
+        edge, own = self.preset.space_to_depth, self.preset.mask_latent_channels
+        if own == 0:
+            x_BCDHW = depth_to_space(self.network.decode(raw_BCDHW), edge)
+            return x_BCDHW[:, :1] * 0.5 + 0.5, x_BCDHW[:, 1:]
+        image_B1DHW = depth_to_space(self.network.decode(raw_BCDHW[:, :-own]), edge)
+        logits_BKDHW = self.mask_network.decode(raw_BCDHW[:, -own:])
+        return image_B1DHW, depth_to_space(logits_BKDHW, self.preset.latent_factor)
 
     @staticmethod
     def _column(values_C: Tensor) -> Tensor:
@@ -107,6 +119,27 @@ class LatentAutoencoder(nn.Module):
         self.preset.latent_shape((d, h, w))
         if mask_BDHW.numel() and not 0 <= int(mask_BDHW.min()) <= int(mask_BDHW.max()) <= self.n_labels:
             raise UsageError(f"mask holds labels outside 0 to {self.n_labels}")
+
+
+def _network(
+    preset: ModelPreset, *, in_channels: int, channels: tuple[int, ...], latent_channels: int
+) -> AutoencoderKL:
+    network = AutoencoderKL(
+        spatial_dims=3,
+        in_channels=in_channels,
+        out_channels=in_channels,
+        num_res_blocks=preset.autoencoder_res_blocks,
+        channels=channels,
+        attention_levels=(False,) * len(channels),
+        latent_channels=latent_channels,
+        norm_num_groups=preset.norm_groups,
+        with_encoder_nonlocal_attn=False,
+        with_decoder_nonlocal_attn=False,
+    )
+    # MONAI's posterior starts with a deviation of about 1, above its mean's: hundreds of steps of noise.
+    nn.init.zeros_(network.quant_conv_log_sigma.conv.weight)
+    nn.init.constant_(network.quant_conv_log_sigma.conv.bias, INITIAL_LOG_VARIANCE)
+    return network
 
 
 def space_to_depth(x_BCDHW: Tensor, edge: int) -> Tensor:

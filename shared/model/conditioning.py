@@ -60,7 +60,7 @@ class GuidedVelocity(nn.Module):
     """A velocity field under classifier-free guidance (Ho and Salimans 2022): v_0 + s (v_c - v_0).
 
     Args:
-        denoiser: Takes (z_BCDHW, t_B, condition_B); ``denoiser.null_index`` is its null class.
+        denoiser: Takes (z_BCDHW, level_B, condition_B); ``denoiser.null_index`` is its null class.
         scale: s. 1 is the conditional field itself (one pass), 0 the unconditional one.
 
     Raises:
@@ -75,11 +75,11 @@ class GuidedVelocity(nn.Module):
             raise UsageError("guidance needs a denoiser with a null class (null_index)")
         self._null_index = null_index if isinstance(null_index, int) else -1
 
-    def forward(self, z_BCDHW: Tensor, t_B: Tensor, condition_B: Tensor) -> Tensor:
+    def forward(self, z_BCDHW: Tensor, level_B: Tensor, condition_B: Tensor) -> Tensor:
         """Velocity v_BCDHW."""
-        velocity_BCDHW: Tensor = self.denoiser(z_BCDHW, t_B, condition_B)
+        velocity_BCDHW: Tensor = self.denoiser(z_BCDHW, level_B, condition_B)
         if self.scale == 1.0:
             return velocity_BCDHW
         null_B = torch.full_like(condition_B, self._null_index)
-        null_BCDHW: Tensor = self.denoiser(z_BCDHW, t_B, null_B)
+        null_BCDHW: Tensor = self.denoiser(z_BCDHW, level_B, null_B)
         return null_BCDHW + self.scale * (velocity_BCDHW - null_BCDHW)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from shared.errors import UsageError
+from shared.model.diffusion import Diffusion, diffusion_of
 from shared.model.low_rank import insert_low_rank
 from shared.model.presets import ModelPreset
 
@@ -47,7 +48,7 @@ class ConditionEmbedding(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """Velocity field of the rectified flow: v(z_t, t, condition).
+    """Velocity v(z_t, noise level, condition) on the preset's path (:mod:`shared.model.diffusion`).
 
     Args:
         preset: Architecture.
@@ -69,6 +70,7 @@ class Denoiser(nn.Module):
             attention_levels=preset.attention_levels,
             norm_num_groups=preset.norm_groups,
             num_head_channels=preset.head_channels,
+            resblock_updown=preset.resblock_updown,
             num_class_embeds=n_conditions + 1,
         )
         self.unet.class_embedding = ConditionEmbedding(
@@ -76,13 +78,18 @@ class Denoiser(nn.Module):
         )
 
     @property
+    def diffusion(self) -> Diffusion:
+        """Path, target, loss and sampling step that belong to this network."""
+        return diffusion_of(self.preset)
+
+    @property
     def null_index(self) -> int:
         """Row of the null class."""
         return self.n_conditions
 
-    def forward(self, z_BCDHW: Tensor, t_B: Tensor, condition_B: Tensor) -> Tensor:
-        """Velocity v_BCDHW at noised latents, timesteps t_B in [0, 1] and condition rows (int64) [B]."""
-        velocity: Tensor = self.unet(z_BCDHW, timesteps=t_B * TIMESTEP_SCALE, class_labels=condition_B)
+    def forward(self, z_BCDHW: Tensor, level_B: Tensor, condition_B: Tensor) -> Tensor:
+        """Velocity v_BCDHW at noised latents, noise levels in [0, 1] and condition rows (int64) [B]."""
+        velocity: Tensor = self.unet(z_BCDHW, timesteps=level_B * TIMESTEP_SCALE, class_labels=condition_B)
         return velocity
 
     @torch.no_grad()

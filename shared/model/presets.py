@@ -7,10 +7,12 @@ plan and are passed to the builders. This module imports no torch, so that a pla
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from shared.errors import UsageError
 
 Shape3 = tuple[int, int, int]
+Parametrisation = Literal["rectified_flow", "v_prediction"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,16 +27,23 @@ class ModelPreset:
         autoencoder_channels: Channels per autoencoder level; each level after the first halves the grid.
         autoencoder_res_blocks: Residual blocks per level.
         latent_channels: Channels of a latent.
+        mask_latent_channels: How many of them come from a network of the mask's own; 0: image and mask share
+            one network. The image's network then has one channel in and out, as public image autoencoders do.
         denoiser_channels: Channels per denoiser level.
         denoiser_res_blocks: Residual blocks per level.
         attention_levels: Which denoiser levels have self-attention.
         head_channels: Channels per attention head.
         norm_groups: Groups of every GroupNorm; divides all channel counts, several channels a group: with one
             channel a group, normalisation would take a condition's shift out again.
+        resblock_updown: Residual blocks instead of plain convolutions between the denoiser's levels.
+        diffusion: Path from latents to noise and what the denoiser predicts on it, see
+            :mod:`shared.model.diffusion`.
+        noise_shift: The log signal-to-noise ratio is lowered by 2 log of this at every timestep. Neighbouring
+            cells of a large latent repeat each other, and the same noise hides less of it.
         condition_gain: Constant factor on the condition embedding. A larger gain puts a larger part of a
             clipped gradient into the embedding's rows, see the table beside the micro weights.
         low_rank: Rank of the adapters of the private subset ``low_rank``.
-        sampling_steps: Default Euler steps.
+        sampling_steps: Default sampling steps.
         guidance_scale: Default classifier-free guidance (1 is none).
     """
 
@@ -50,6 +59,10 @@ class ModelPreset:
     attention_levels: tuple[bool, ...]
     head_channels: int
     norm_groups: int
+    mask_latent_channels: int = 0
+    resblock_updown: bool = False
+    diffusion: Parametrisation = "rectified_flow"
+    noise_shift: float = 1.0
     condition_gain: float = 1.0
     low_rank: int = 2
     sampling_steps: int = 30
@@ -116,6 +129,44 @@ PRESETS: dict[str, ModelPreset] = {
             condition_gain=16.0,
             low_rank=4,
             sampling_steps=30,
+        ),
+        # One GPU: 32 million parameters on 16^3 latents of 64^3 voxels.
+        ModelPreset(
+            name="base",
+            grid_shape=(64, 64, 64),
+            spacing_mm=(2.0, 2.0, 2.0),
+            space_to_depth=2,
+            autoencoder_channels=(64, 128),
+            autoencoder_res_blocks=2,
+            latent_channels=4,
+            denoiser_channels=(96, 192, 224),
+            denoiser_res_blocks=1,
+            attention_levels=(False, True, True),
+            head_channels=32,
+            norm_groups=16,
+            diffusion="v_prediction",
+            condition_gain=16.0,
+            low_rank=8,
+        ),
+        # A large GPU: the networks of MAISI (Guo et al., WACV 2025; its rectified-flow release), whose public
+        # weights fit the image's autoencoder and the denoiser. The shift is MAISI's for 64^3 latents.
+        ModelPreset(
+            name="h200",
+            grid_shape=(256, 256, 256),
+            spacing_mm=(1.5, 1.5, 1.5),
+            space_to_depth=1,
+            autoencoder_channels=(64, 128, 256),
+            autoencoder_res_blocks=2,
+            latent_channels=8,
+            mask_latent_channels=4,
+            denoiser_channels=(64, 128, 256, 512),
+            denoiser_res_blocks=2,
+            attention_levels=(False, False, True, True),
+            head_channels=32,
+            norm_groups=32,
+            resblock_updown=True,
+            noise_shift=2.0,
+            low_rank=8,
         ),
     )
 }

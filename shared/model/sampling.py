@@ -1,4 +1,4 @@
-"""Few-step Euler sampler of the rectified flow, with classifier-free guidance (Ho and Salimans 2022).
+"""Few-step sampler of the denoiser's diffusion, with classifier-free guidance (Ho and Salimans 2022).
 
 The same seed, batch and number of threads give the same bytes. The noise of sample i depends on (seed, i)
 alone, so another batch size gives the same volumes up to rounding (1e-4).
@@ -44,7 +44,7 @@ def sample_latents(
     latent_shape: tuple[int, int, int, int],
     first_index: int = 0,
 ) -> Tensor:
-    """Integrate from noise (t = 1) to latents (t = 0) in equal Euler steps.
+    """Integrate from noise (t = 1) to latents (t = 0) in steps that are equal in t.
 
     Args:
         denoiser: Its mode (train or eval) does not matter: it has no dropout.
@@ -69,10 +69,10 @@ def sample_latents(
     z_BCDHW = initial_noise(seed=seed, first_index=first_index, count=b, shape=latent_shape).to(device)
     if b == 0:
         return z_BCDHW
-    guided = GuidedVelocity(denoiser, guidance_scale)
+    guided, diffusion = GuidedVelocity(denoiser, guidance_scale), denoiser.diffusion
     for step in range(steps):
-        t_B = torch.full((b,), 1.0 - step / steps, device=device)
-        z_BCDHW = z_BCDHW - guided(z_BCDHW, t_B, condition_B) / steps
+        level_B = diffusion.level(torch.full((b,), 1.0 - step / steps, device=device))
+        z_BCDHW = diffusion.step(z_BCDHW, guided(z_BCDHW, level_B, condition_B), step, steps)
     return z_BCDHW
 
 

@@ -22,7 +22,7 @@ from shared.checkpoint import load_tensors, save_tensors
 from shared.errors import CoordinatorError, UsageError
 from shared.model.autoencoder import LatentAutoencoder
 from shared.model.denoiser import Denoiser
-from shared.model.diffusion import drop_condition, per_sample_loss, timesteps_from_normal
+from shared.model.diffusion import drop_condition, timesteps_from_normal
 from shared.model.weights import load_state_arrays, state_arrays
 
 Progress = Callable[[str, int, int, float], None]
@@ -244,8 +244,8 @@ def train_denoiser(
     """
     if held_out_z_MCDHW.shape[0] == 0:
         raise UsageError("the prior is chosen by held-out public loss: hold at least one patient out")
-    shape = tuple(z_NCDHW.shape[1:])
     device = _device(denoiser)
+    shape, diffusion = tuple(z_NCDHW.shape[1:]), denoiser.diffusion
     every = max(1, schedule.steps // max(1, evaluations))
     history: list[tuple[int, float]] = []
     best: dict[str, Tensor] = {}
@@ -257,7 +257,7 @@ def train_denoiser(
         dropped_B = torch.rand(schedule.batch_size, generator=generator) < schedule.condition_dropout
         condition_B = drop_condition(condition_N[rows], dropped_B, null_index=denoiser.null_index)
         batch = (tensor.to(device) for tensor in (z_NCDHW[rows], condition_B, t_B, noise))
-        return per_sample_loss(denoiser, *batch).mean()
+        return diffusion.per_sample_loss(denoiser, *batch).mean()
 
     def evaluate(step: int) -> None:
         if step % every and step != schedule.steps:
@@ -283,9 +283,10 @@ def train_denoiser(
 def held_out_loss(
     denoiser: Denoiser, z_MCDHW: Tensor, condition_M: Tensor, *, draws: int = 8, seed: int = 0
 ) -> float:
-    """Mean flow loss over public latents at fixed (seeded) timesteps and noise, ``draws`` per latent."""
+    """Mean loss over public latents at fixed (seeded) timesteps and noise, ``draws`` per latent."""
     generator = torch.Generator().manual_seed(seed)
     device = _device(denoiser)
+    per_sample_loss = denoiser.diffusion.per_sample_loss
     total = 0.0
     for draw in range(draws):
         # Stratified logit-normal timesteps: the same for each call, spread evenly over the distribution.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -98,10 +100,31 @@ def test_every_preset_builds_and_micro_and_tiny_have_their_size(name: str) -> No
     from shared.model.denoiser import build_denoiser
 
     preset = PRESETS[name]
-    autoencoder = build_autoencoder(preset, n_labels=2)
-    denoiser = build_denoiser(preset, n_conditions=2)
+    # Sizes alone: nothing of the large presets is allocated.
+    with torch.device("meta"):
+        autoencoder = build_autoencoder(preset, n_labels=2)
+        denoiser = build_denoiser(preset, n_conditions=2)
     sizes = [sum(p.numel() for p in m.parameters()) for m in (autoencoder, denoiser)]
     if name == "micro":
         assert 2 * sum(sizes) <= 3_000_000
     if name == "tiny":
         assert 0.5e6 < sizes[0] < 1.0e6 and 2.0e6 < sizes[1] < 4.0e6
+    if name == "base":
+        assert 28e6 < sizes[1] < 34e6 and preset.latent_shape(preset.grid_shape)[1:] == (16, 16, 16)
+    if name == "h200":
+        assert 170e6 < sizes[1] < 190e6 and preset.latent_shape(preset.grid_shape)[1:] == (64, 64, 64)
+
+
+def test_a_mask_with_a_network_of_its_own() -> None:
+    """Image and mask meet in the latent alone: each half depends on its own input, and decodes to it."""
+    preset = replace(MICRO, latent_channels=6, mask_latent_channels=2)
+    autoencoder = build_autoencoder(preset, n_labels=2, seed=3)
+    image, mask = _volumes(2)
+    z = autoencoder.encode(image, mask)
+    assert z.shape[1:] == preset.latent_shape(MICRO.grid_shape)
+    other = autoencoder.encode(image.flip(2), mask)
+    assert torch.equal(z[:, 4:], other[:, 4:]) and not torch.equal(z[:, :4], other[:, :4])
+    other = autoencoder.encode(image, (mask + 1) % 3)
+    assert torch.equal(z[:, :4], other[:, :4]) and not torch.equal(z[:, 4:], other[:, 4:])
+    decoded, labels = autoencoder.decode(z)
+    assert decoded.shape == image.shape and labels.shape == mask.shape and labels.dtype == torch.uint8

@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
+from opacus.grad_sample import GradSampleModule
 from torch import Tensor
 
 from shared.errors import UsageError
 from shared.model.conditioning import ConditionTable
 from shared.model.denoiser import build_denoiser
-from shared.model.diffusion import drop_condition, noised, per_sample_loss, timesteps_from_normal
-from shared.model.presets import preset_named
+from shared.model.diffusion import (
+    RECTIFIED_FLOW,
+    Diffusion,
+    RectifiedFlow,
+    VPrediction,
+    diffusion_of,
+    drop_condition,
+    per_sample_loss,
+    timesteps_from_normal,
+)
+from shared.model.presets import PRESETS, preset_named
 
 MICRO = preset_named("micro")
 SHAPE = MICRO.latent_shape(MICRO.grid_shape)
+EVERY = pytest.mark.parametrize(
+    "diffusion", [RectifiedFlow(), RectifiedFlow(2.0), VPrediction(), VPrediction(2.0)], ids=str
+)
 
 
 def _batch(n: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -74,10 +90,57 @@ def test_arguments_that_would_broadcast_are_refused() -> None:
             per_sample_loss(lambda z_t, *_: z_t, *wrong)
 
 
-def test_path_ends_at_latent_and_noise_and_timesteps_are_logit_normal() -> None:
-    z, _, _, noise = _batch(2)
-    assert torch.equal(noised(z, torch.zeros(2), noise), z)
-    assert torch.equal(noised(z, torch.ones(2), noise), noise)
+@EVERY
+def test_the_true_target_has_loss_zero_and_path_ends_at_latent_and_noise(diffusion: Diffusion) -> None:
+    z, condition, t, noise = _batch(5)
+    target = diffusion.target(z, diffusion.level(t), noise)
+    assert torch.equal(diffusion.per_sample_loss(lambda *_: target, z, condition, t, noise), torch.zeros(5))
+    assert (diffusion.per_sample_loss(lambda *_: -target, z, condition, t, noise) > 1.0).all()
+    start, end = diffusion.level(torch.zeros(5)), diffusion.level(torch.ones(5))
+    assert torch.allclose(diffusion.noised(z, start, noise), z)
+    assert torch.equal(diffusion.noised(z, end, noise), noise)
+
+
+@EVERY
+def test_the_shift_lowers_the_log_signal_to_noise_ratio_by_its_two_logarithms(diffusion: Diffusion) -> None:
+    t = torch.linspace(0.05, 0.95, 7, dtype=torch.float64)
+
+    def log_snr(of: Diffusion) -> Tensor:
+        alpha, sigma = of.weights(of.level(t))
+        return 2.0 * (alpha / sigma).log()
+
+    expected = log_snr(type(diffusion)()) - 2.0 * math.log(diffusion.shift)
+    assert torch.allclose(log_snr(diffusion), expected, atol=1e-9)
+    assert (log_snr(diffusion).diff() < 0).all()
+
+
+def test_v_prediction_is_the_derivative_of_its_path_by_the_angle() -> None:
+    """Salimans and Ho 2022, appendix D: v = d z / d phi, with alpha = cos phi and sigma = sin phi."""
+    z, _, _, noise = (part.double() for part in _batch(3))
+    angle = torch.tensor([0.2, 0.8, 1.4], dtype=torch.float64)
+    path = VPrediction()
+    h = 1e-5
+    ahead, behind = (path.noised(z, (angle + d) * 2 / math.pi, noise) for d in (h, -h))
+    assert torch.allclose((ahead - behind) / (2 * h), path.target(z, angle * 2 / math.pi, noise), atol=1e-8)
+
+
+def test_a_network_takes_the_loss_of_its_own_diffusion_alone() -> None:
+    """Also where Opacus has wrapped it: another preset's loss would train and audit the wrong thing."""
+    curved = replace(MICRO, diffusion="v_prediction")
+    denoiser = build_denoiser(curved, n_conditions=2, seed=1)
+    batch = _batch(2)
+    for network in (denoiser, GradSampleModule(denoiser, loss_reduction="sum")):
+        with pytest.raises(UsageError, match="not made for RectifiedFlow"):
+            per_sample_loss(network, *batch)
+        assert denoiser.diffusion.per_sample_loss(network, *batch).shape == (2,)
+
+
+def test_presets_name_both_diffusions_and_the_shipped_ones_keep_theirs() -> None:
+    assert {type(diffusion_of(preset)) for preset in PRESETS.values()} == {RectifiedFlow, VPrediction}
+    assert diffusion_of(MICRO) == diffusion_of(preset_named("tiny")) == RECTIFIED_FLOW
+
+
+def test_timesteps_are_logit_normal() -> None:
     t = timesteps_from_normal(torch.tensor([-1.0, 0.0, 1.0]))
     assert torch.allclose(t, torch.tensor([0.26894142, 0.5, 0.73105858]))
 

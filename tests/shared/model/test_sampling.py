@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from shared.errors import UsageError
 from shared.model.autoencoder import build_autoencoder
 from shared.model.denoiser import Denoiser, build_denoiser
+from shared.model.diffusion import RECTIFIED_FLOW, Diffusion, RectifiedFlow, VPrediction
 from shared.model.presets import preset_named
 from shared.model.sampling import generate_volumes, initial_noise, sample_latents
 
@@ -32,6 +33,7 @@ class _PointFlow(nn.Module):
     """Velocity of the flow whose data are one point per condition: v = (z_t - x) / t."""
 
     null_index = 2
+    diffusion: Diffusion = RECTIFIED_FLOW
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,6 +50,32 @@ def test_euler_reaches_the_point_of_a_point_flow_and_guidance_extrapolates() -> 
     assert torch.allclose(z[0], torch.full(SHAPE, -1.0), atol=1e-4)
     assert torch.allclose(z[1], torch.full(SHAPE, 2.0), atol=1e-4)
     guided = sample_latents(flow, condition, steps=7, guidance_scale=3.0, seed=1, latent_shape=SHAPE)
+    assert torch.allclose(guided[1], torch.full(SHAPE, 0.5 + 3.0 * 1.5), atol=1e-3)
+
+
+class _PointPath(_PointFlow):
+    """The same on any diffusion: the network that knows that the data are one point."""
+
+    def __init__(self, diffusion: Diffusion) -> None:
+        super().__init__()
+        self.diffusion = diffusion
+
+    def forward(self, z: Tensor, level: Tensor, condition: Tensor) -> Tensor:
+        point = self.points[condition].view(-1, 1, 1, 1, 1).expand_as(z)
+        alpha, sigma = (part.view(-1, 1, 1, 1, 1) for part in self.diffusion.weights(level))
+        return self.diffusion.target(point, level, (z - alpha * point) / sigma)
+
+
+@pytest.mark.parametrize(
+    "diffusion", [RectifiedFlow(), RectifiedFlow(2.0), VPrediction(), VPrediction(2.0)], ids=str
+)
+def test_every_diffusion_ends_at_the_point(diffusion: Diffusion) -> None:
+    path = cast(Denoiser, _PointPath(diffusion))
+    condition = torch.tensor([0, 1])
+    z = sample_latents(path, condition, steps=7, guidance_scale=1.0, seed=1, latent_shape=SHAPE)
+    assert torch.allclose(z[0], torch.full(SHAPE, -1.0), atol=1e-4)
+    assert torch.allclose(z[1], torch.full(SHAPE, 2.0), atol=1e-4)
+    guided = sample_latents(path, condition, steps=7, guidance_scale=3.0, seed=1, latent_shape=SHAPE)
     assert torch.allclose(guided[1], torch.full(SHAPE, 0.5 + 3.0 * 1.5), atol=1e-3)
 
 
