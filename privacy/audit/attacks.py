@@ -24,8 +24,8 @@ from privacy.audit.bounds import FloatArray
 from privacy.audit.gradient_norm import gradient_norm
 from privacy.audit.membership import AttackNoise, LossPerSample, Progress, ScansOfPatient, mean_loss
 from privacy.audit.trajectory_attacks import TRAJECTORY_ATTACKS
-from shared.model.conditioning import GuidedVelocity
 from shared.model.diffusion import per_sample_loss
+from shared.model.guidance import GuidedVelocity
 from shared.study_plan import SecondaryAttackClause
 
 

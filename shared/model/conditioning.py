@@ -1,11 +1,8 @@
-"""Names of conditions, the rows of the embedding table that stand for them, and guidance by them."""
+"""Names of conditions, and the rows of the embedding table that stand for them. Imports no torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor, nn
 
 from shared.errors import UsageError
 
@@ -54,32 +51,3 @@ class ConditionTable:
         if not 0 <= index < len(self.names):
             raise UsageError(f"row {index} stands for no condition of {self.names}")
         return self.names[index]
-
-
-class GuidedVelocity(nn.Module):
-    """A velocity field under classifier-free guidance (Ho and Salimans 2022): v_0 + s (v_c - v_0).
-
-    Args:
-        denoiser: Takes (z_BCDHW, level_B, condition_B); ``denoiser.null_index`` is its null class.
-        scale: s. 1 is the conditional field itself (one pass), 0 the unconditional one.
-
-    Raises:
-        UsageError: a scale other than 1 for a network without a null class.
-    """
-
-    def __init__(self, denoiser: nn.Module, scale: float) -> None:
-        super().__init__()
-        self.denoiser, self.scale = denoiser, scale
-        null_index = getattr(denoiser, "null_index", None)
-        if scale != 1.0 and not isinstance(null_index, int):
-            raise UsageError("guidance needs a denoiser with a null class (null_index)")
-        self._null_index = null_index if isinstance(null_index, int) else -1
-
-    def forward(self, z_BCDHW: Tensor, level_B: Tensor, condition_B: Tensor) -> Tensor:
-        """Velocity v_BCDHW."""
-        velocity_BCDHW: Tensor = self.denoiser(z_BCDHW, level_B, condition_B)
-        if self.scale == 1.0:
-            return velocity_BCDHW
-        null_B = torch.full_like(condition_B, self._null_index)
-        null_BCDHW: Tensor = self.denoiser(z_BCDHW, level_B, null_B)
-        return null_BCDHW + self.scale * (velocity_BCDHW - null_BCDHW)

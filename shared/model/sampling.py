@@ -14,8 +14,8 @@ from torch import Tensor
 
 from shared.errors import UsageError
 from shared.model.autoencoder import LatentAutoencoder
-from shared.model.conditioning import GuidedVelocity
 from shared.model.denoiser import Denoiser
+from shared.model.guidance import GuidedVelocity
 
 _NOISE_STREAM = 0x4C61_6375
 

@@ -18,8 +18,8 @@ from privacy.audit.gradient_norm import gradient_norm
 from privacy.audit.membership import AttackNoise, attack_losses
 from privacy.audit.trajectory_attacks import pia, secmi, sima
 from shared.errors import UsageError
-from shared.model.conditioning import GuidedVelocity
 from shared.model.diffusion import per_sample_loss
+from shared.model.guidance import GuidedVelocity
 from shared.study_plan import InvalidPlanError, SecondaryAttackClause, load_plan_toml, parse_plan
 
 SHAPE = (2, 4, 4, 4)
