@@ -24,7 +24,7 @@ from privacy.audit.bounds import FloatArray
 from privacy.audit.gradient_norm import gradient_norm
 from privacy.audit.membership import AttackNoise, LossPerSample, Progress, ScansOfPatient, mean_loss
 from privacy.audit.trajectory_attacks import TRAJECTORY_ATTACKS
-from shared.model.diffusion import per_sample_loss
+from shared.model.diffusion import diffusion_of_network
 from shared.model.guidance import GuidedVelocity
 from shared.study_plan import SecondaryAttackClause
 
@@ -62,7 +62,7 @@ def secondary_scores(
     *,
     public_denoiser: nn.Module,
     plan_digest: bytes,
-    loss: LossPerSample = per_sample_loss,
+    loss: LossPerSample | None = None,
     device: str | torch.device = "cpu",
     batch_size: int = 64,
     stage: str | None = None,
@@ -76,6 +76,7 @@ def secondary_scores(
             ``null_index``. Left in the mode it came in.
         public_denoiser: The prior; queried where the attack is calibrated.
         plan_digest: Fixes the public noises of ``loss`` and ``gradient_norm``.
+        loss: None is the loss of the candidate's own diffusion.
         batch_size: Rows of one forward pass; a patient's scans are never batched with another's.
         stage, progress: ``progress(stage, done, total)`` after each patient.
 
@@ -88,6 +89,7 @@ def secondary_scores(
     fields = [GuidedVelocity(network, attack.guidance_scale) for network in networks]
     modes = [(network, network.training) for network in networks]
     noise = _noise(attack, patients, plan_digest)
+    loss = loss or diffusion_of_network(candidate_denoiser).per_sample_loss
     sign = 1.0 if attack.member_side == "high" else -1.0
     scores = np.zeros(len(patients))
     try:

@@ -1,6 +1,7 @@
-"""Membership figures from a few queries without noise: SimA, PIA and SecMI, for a rectified flow.
+"""Membership figures from a few queries without noise: SimA, PIA and SecMI, on the network's own diffusion.
 
-On the path z_t = (1 - t) z + t n a velocity field v gives, at any point x and time t,
+Written out for the rectified flow; :mod:`shared.model.diffusion` has the same for v-prediction. On the path
+z_t = (1 - t) z + t n a velocity field v gives, at any point x and time t,
 
     noise prediction  n(x, t) = x + (1 - t) v(x, t)      data prediction  x - t v(x, t)
 
@@ -34,13 +35,18 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from shared.model.diffusion import diffusion_of_network
+
 TrajectoryAttack = Callable[[nn.Module, Tensor, Tensor, Sequence[float], int], Tensor]
 """(velocity field, z_BCDHW, condition_B, timesteps, norm) -> figure_B, float32."""
 
 
-def noise_prediction(x_BCDHW: Tensor, velocity_BCDHW: Tensor, t: float) -> Tensor:
-    """n(x, t) = x + (1 - t) v."""
-    return x_BCDHW + (1.0 - t) * velocity_BCDHW
+def noise_prediction(field: nn.Module, x_BCDHW: Tensor, t: float, condition_B: Tensor) -> Tensor:
+    """n(x, t): the noise that the network sees in x."""
+    level_B = _level(field, x_BCDHW, t)
+    return diffusion_of_network(field).noise_prediction(
+        x_BCDHW, field(x_BCDHW, level_B, condition_B), level_B
+    )
 
 
 def sima(
@@ -49,8 +55,8 @@ def sima(
     """Mean over ``timesteps`` of the predicted noise's size where there is none."""
     figures = []
     for t in timesteps:
-        x_BCDHW = (1.0 - t) * z_BCDHW
-        figures.append(_size(noise_prediction(x_BCDHW, _query(field, x_BCDHW, t, condition_B), t), norm))
+        x_BCDHW = _noised(field, z_BCDHW, t, torch.zeros_like(z_BCDHW))
+        figures.append(_size(noise_prediction(field, x_BCDHW, t, condition_B), norm))
     return torch.stack(figures).mean(dim=0)
 
 
@@ -59,11 +65,11 @@ def pia(
 ) -> Tensor:
     """Mean over ``timesteps[1:]`` of how far the noise predicted at ``timesteps[0]`` moves."""
     first, *later = timesteps
-    noise_BCDHW = noise_prediction(z_BCDHW, _query(field, z_BCDHW, first, condition_B), first)
+    noise_BCDHW = noise_prediction(field, z_BCDHW, first, condition_B)
     figures = []
     for t in later:
-        x_BCDHW = (1.0 - t) * z_BCDHW + t * noise_BCDHW
-        found_BCDHW = noise_prediction(x_BCDHW, _query(field, x_BCDHW, t, condition_B), t)
+        x_BCDHW = _noised(field, z_BCDHW, t, noise_BCDHW)
+        found_BCDHW = noise_prediction(field, x_BCDHW, t, condition_B)
         figures.append(_size(found_BCDHW - noise_BCDHW, norm))
     return torch.stack(figures).mean(dim=0)
 
@@ -77,20 +83,29 @@ def secmi(
     """
     x_BCDHW = z_BCDHW
     for t, t_next in itertools.pairwise(timesteps[:-1]):
-        x_BCDHW = x_BCDHW + (t_next - t) * _query(field, x_BCDHW, t, condition_B)
+        x_BCDHW = _move(field, x_BCDHW, t, t_next, condition_B)
     t, t_next = timesteps[-2:]
-    there_BCDHW = x_BCDHW + (t_next - t) * _query(field, x_BCDHW, t, condition_B)
-    back_BCDHW = there_BCDHW + (t - t_next) * _query(field, there_BCDHW, t_next, condition_B)
+    there_BCDHW = _move(field, x_BCDHW, t, t_next, condition_B)
+    back_BCDHW = _move(field, there_BCDHW, t_next, t, condition_B)
     return _size(back_BCDHW - x_BCDHW, norm)
 
 
 TRAJECTORY_ATTACKS: dict[str, TrajectoryAttack] = {"sima": sima, "pia": pia, "secmi": secmi}
 
 
-def _query(field: nn.Module, x_BCDHW: Tensor, t: float, condition_B: Tensor) -> Tensor:
+def _level(field: nn.Module, x_BCDHW: Tensor, t: float) -> Tensor:
     t_B = torch.full((x_BCDHW.shape[0],), t, dtype=x_BCDHW.dtype, device=x_BCDHW.device)
-    velocity_BCDHW: Tensor = field(x_BCDHW, t_B, condition_B)
-    return velocity_BCDHW
+    return diffusion_of_network(field).level(t_B)
+
+
+def _noised(field: nn.Module, z_BCDHW: Tensor, t: float, noise_BCDHW: Tensor) -> Tensor:
+    return diffusion_of_network(field).noised(z_BCDHW, _level(field, z_BCDHW, t), noise_BCDHW)
+
+
+def _move(field: nn.Module, x_BCDHW: Tensor, t: float, t_next: float, condition_B: Tensor) -> Tensor:
+    level_B, then_B = (_level(field, x_BCDHW, time) for time in (t, t_next))
+    velocity_BCDHW = field(x_BCDHW, level_B, condition_B)
+    return diffusion_of_network(field).move(x_BCDHW, velocity_BCDHW, level_B, then_B)
 
 
 def _size(x_BCDHW: Tensor, norm: int) -> Tensor:

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.special import expit, ndtri
-from torch import Tensor
+from torch import Tensor, nn
 
 from shared.errors import UsageError
 from shared.model.presets import ModelPreset
@@ -66,6 +66,14 @@ class Diffusion(ABC):
     @abstractmethod
     def target(self, z_BCDHW: Tensor, level_B: Tensor, noise_BCDHW: Tensor) -> Tensor:
         """What the network should predict."""
+
+    @abstractmethod
+    def noise_prediction(self, z_BCDHW: Tensor, v_BCDHW: Tensor, level_B: Tensor) -> Tensor:
+        """The noise in z_t that a predicted v stands for."""
+
+    @abstractmethod
+    def move(self, z_BCDHW: Tensor, v_BCDHW: Tensor, level_B: Tensor, then_B: Tensor) -> Tensor:
+        """From one noise level to another without fresh noise: predicted signal and noise, mixed anew."""
 
     @abstractmethod
     def step(self, z_BCDHW: Tensor, v_BCDHW: Tensor, index: int, steps: int) -> Tensor:
@@ -111,8 +119,8 @@ class Diffusion(ABC):
 
     def _levels(self, index: int, steps: int, device: torch.device) -> tuple[Tensor, Tensor]:
         t_2 = torch.tensor([1.0 - index / steps, 1.0 - (index + 1) / steps], device=device)
-        now, then = self.level(t_2)
-        return now, then
+        level_2 = self.level(t_2)
+        return level_2[:1], level_2[1:]
 
 
 @dataclass(frozen=True)
@@ -132,11 +140,16 @@ class RectifiedFlow(Diffusion):
     def target(self, z_BCDHW: Tensor, level_B: Tensor, noise_BCDHW: Tensor) -> Tensor:
         return noise_BCDHW - z_BCDHW
 
+    def noise_prediction(self, z_BCDHW: Tensor, v_BCDHW: Tensor, level_B: Tensor) -> Tensor:
+        return z_BCDHW + _column(1.0 - level_B) * v_BCDHW
+
+    def move(self, z_BCDHW: Tensor, v_BCDHW: Tensor, level_B: Tensor, then_B: Tensor) -> Tensor:
+        return z_BCDHW + _column(then_B - level_B) * v_BCDHW
+
     def step(self, z_BCDHW: Tensor, v_BCDHW: Tensor, index: int, steps: int) -> Tensor:
         if self.shift == 1.0:
             return z_BCDHW - v_BCDHW / steps
-        now, then = self._levels(index, steps, z_BCDHW.device)
-        return z_BCDHW - v_BCDHW * (now - then)
+        return self.move(z_BCDHW, v_BCDHW, *self._levels(index, steps, z_BCDHW.device))
 
 
 @dataclass(frozen=True)
@@ -160,11 +173,19 @@ class VPrediction(Diffusion):
         alpha, sigma = (_column(part) for part in self.weights(level_B))
         return alpha * noise_BCDHW - sigma * z_BCDHW
 
+    def noise_prediction(self, z_BCDHW: Tensor, v_BCDHW: Tensor, level_B: Tensor) -> Tensor:
+        alpha, sigma = (_column(part) for part in self.weights(level_B))
+        return sigma * z_BCDHW + alpha * v_BCDHW
+
+    def move(self, z_BCDHW: Tensor, v_BCDHW: Tensor, level_B: Tensor, then_B: Tensor) -> Tensor:
+        alpha, sigma = (_column(part) for part in self.weights(level_B))
+        alpha_then, sigma_then = (_column(part) for part in self.weights(then_B))
+        clean_BCDHW = alpha * z_BCDHW - sigma * v_BCDHW
+        noise_BCDHW = sigma * z_BCDHW + alpha * v_BCDHW
+        return alpha_then * clean_BCDHW + sigma_then * noise_BCDHW
+
     def step(self, z_BCDHW: Tensor, v_BCDHW: Tensor, index: int, steps: int) -> Tensor:
-        now, then = (self.weights(level) for level in self._levels(index, steps, z_BCDHW.device))
-        clean_BCDHW = now[0] * z_BCDHW - now[1] * v_BCDHW
-        noise_BCDHW = now[1] * z_BCDHW + now[0] * v_BCDHW
-        return then[0] * clean_BCDHW + then[1] * noise_BCDHW
+        return self.move(z_BCDHW, v_BCDHW, *self._levels(index, steps, z_BCDHW.device))
 
 
 RECTIFIED_FLOW = RectifiedFlow()
@@ -181,6 +202,12 @@ def diffusion_of(preset: ModelPreset) -> Diffusion:
             return RectifiedFlow(preset.noise_shift)
         case "v_prediction":
             return VPrediction(preset.noise_shift)
+
+
+def diffusion_of_network(network: nn.Module) -> Diffusion:
+    """The diffusion that a network was made for; the rectified flow where it names none."""
+    own = getattr(network, "diffusion", RECTIFIED_FLOW)
+    return own if isinstance(own, Diffusion) else RECTIFIED_FLOW
 
 
 def timesteps_from_normal(g_B: Tensor) -> Tensor:

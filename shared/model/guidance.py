@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from shared.errors import UsageError
-from shared.model.diffusion import RECTIFIED_FLOW, Diffusion
+from shared.model.diffusion import Diffusion, diffusion_of_network
 
 
 class GuidedVelocity(nn.Module):
@@ -27,7 +27,7 @@ class GuidedVelocity(nn.Module):
         null_index = getattr(denoiser, "null_index", None)
         if scale != 1.0 and not isinstance(null_index, int):
             raise UsageError("guidance needs a denoiser with a null class (null_index)")
-        self.diffusion: Diffusion = getattr(denoiser, "diffusion", RECTIFIED_FLOW)
+        self.diffusion: Diffusion = diffusion_of_network(denoiser)
         self._null_index = null_index if isinstance(null_index, int) else -1
 
     def forward(self, z_BCDHW: Tensor, level_B: Tensor, condition_B: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from privacy.audit.gradient_norm import gradient_norm
 from privacy.audit.membership import AttackNoise, attack_losses
 from privacy.audit.trajectory_attacks import pia, secmi, sima
 from shared.errors import UsageError
-from shared.model.diffusion import per_sample_loss
+from shared.model.diffusion import RECTIFIED_FLOW, Diffusion, VPrediction, per_sample_loss
 from shared.model.guidance import GuidedVelocity
 from shared.study_plan import InvalidPlanError, SecondaryAttackClause, load_plan_toml, parse_plan
 
@@ -73,13 +74,34 @@ class Memorised(nn.Module):
         return ((x_BE - weights_BN @ self.z_NE) / t).view_as(z_BCDHW)
 
 
+class MemorisedCurve(nn.Module):
+    """The same for v-prediction: v = alpha E[n | z_t] - sigma E[z | z_t]."""
+
+    null_index = 2
+    diffusion = VPrediction(1.5)
+
+    def __init__(self, training: list[Scans]) -> None:
+        super().__init__()
+        self.temperature = nn.Parameter(torch.ones(()))
+        self.register_buffer("z_NE", torch.cat([p.latents_SCDHW for p in training]).flatten(1))
+
+    def forward(self, z_BCDHW: Tensor, level_B: Tensor, condition_B: Tensor) -> Tensor:
+        x_BE = z_BCDHW.flatten(1)
+        alpha, sigma = (part[:, None].clamp_min(1e-3) for part in self.diffusion.weights(level_B))
+        squared_BN = (x_BE[:, None] - alpha[:, :, None] * self.z_NE[None]).square().sum(dim=2)
+        weights_BN = torch.softmax(-self.temperature * squared_BN / (2.0 * sigma**2), dim=1)
+        data_BE = weights_BN @ self.z_NE
+        return (alpha * (x_BE - alpha * data_BE) / sigma - sigma * data_BE).view_as(z_BCDHW)
+
+
 class Smooth(nn.Module):
     """A field without structure, not linear in anything; conditions matter."""
 
     null_index = 2
 
-    def __init__(self) -> None:
+    def __init__(self, diffusion: Diffusion = RECTIFIED_FLOW) -> None:
         super().__init__()
+        self.diffusion = diffusion
         torch.manual_seed(3)
         self.table = nn.Embedding(3, 2)
         self.layer = nn.Conv3d(2, 2, 3, padding=1)
@@ -103,21 +125,35 @@ def scores(attack: SecondaryAttackClause, network: nn.Module, who: list[Scans], 
 ATTACKS = ("sima", "pia", "secmi", "gradient_norm", "loss")
 
 
-# The papers' formulas, for any (alpha, sigma): x_t = alpha z + sigma n. Ours: alpha = 1 - t, sigma = t.
+# The papers' formulas, for any (alpha, sigma): x_t = alpha z + sigma n. Rectified flow: alpha = 1 - t,
+# sigma = t, v = n - z; v-prediction: alpha = cos(pi t / 2), sigma = sin(pi t / 2), v = alpha n - sigma z.
+DIFFUSIONS = pytest.mark.parametrize("diffusion", [RECTIFIED_FLOW, VPrediction()], ids=str)
 
 
+def paper_weights(diffusion: Diffusion, t: float) -> tuple[float, float]:
+    if isinstance(diffusion, VPrediction):
+        return math.cos(math.pi * t / 2), math.sin(math.pi * t / 2)
+    return 1 - t, t
+
+
+def paper_noise(field: Smooth, x: Tensor, t: float, condition: Tensor) -> Tensor:
+    alpha, sigma = paper_weights(field.diffusion, t)
+    velocity = field(x, torch.full((x.shape[0],), t, dtype=torch.float64), condition)
+    data = alpha * x - sigma * velocity if isinstance(field.diffusion, VPrediction) else x - t * velocity
+    return (x - alpha * data) / sigma
+
+
+@DIFFUSIONS
 @torch.no_grad()
-def test_secmi_is_the_papers_t_error() -> None:
+def test_secmi_is_the_papers_t_error(diffusion: Diffusion) -> None:
     """Duan et al., equations 6 to 8, in the variables of DDIM: y = x / alpha, p = sigma / alpha."""
-    field, z = Smooth().double(), torch.randn((3, *SHAPE), dtype=torch.float64)
+    field, z = Smooth(diffusion).double(), torch.randn((3, *SHAPE), dtype=torch.float64)
     condition, times = torch.tensor([0, 1, 1]), (0.1, 0.25, 0.4, 0.5)
 
-    def predicted_noise(x: Tensor, t: float) -> Tensor:
-        return x + (1 - t) * field(x, torch.full((3,), t, dtype=torch.float64), condition)
-
     def ddim(x: Tensor, t: float, to: float) -> Tensor:
-        moved = x / (1 - t) + (to / (1 - to) - t / (1 - t)) * predicted_noise(x, t)
-        return (1 - to) * moved
+        (alpha, sigma), (alpha_to, sigma_to) = paper_weights(diffusion, t), paper_weights(diffusion, to)
+        moved = x / alpha + (sigma_to / alpha_to - sigma / alpha) * paper_noise(field, x, t, condition)
+        return alpha_to * moved
 
     x = z
     for t, to in itertools.pairwise(times[:-1]):
@@ -127,29 +163,25 @@ def test_secmi_is_the_papers_t_error() -> None:
     assert torch.allclose(secmi(field, z, condition, times, 2), expected, rtol=1e-9)
 
 
+@DIFFUSIONS
 @torch.no_grad()
-def test_pia_and_sima_are_the_papers_distances() -> None:
-    field, z = Smooth().double(), torch.randn((2, *SHAPE), dtype=torch.float64)
+def test_pia_and_sima_are_the_papers_distances(diffusion: Diffusion) -> None:
+    field, z = Smooth(diffusion).double(), torch.randn((2, *SHAPE), dtype=torch.float64)
     condition, (first, second) = torch.tensor([0, 1]), (0.05, 0.3)
-
-    def predicted_noise(x: Tensor, t: float) -> Tensor:
-        velocity = field(x, torch.full((2,), t, dtype=torch.float64), condition)
-        data = x - t * velocity
-        return (x - (1 - t) * data) / t
-
-    start = predicted_noise(z, first)
-    moved = predicted_noise((1 - second) * z + second * start, second)
+    alpha, sigma = paper_weights(diffusion, second)
+    start = paper_noise(field, z, first, condition)
+    moved = paper_noise(field, alpha * z + sigma * start, second, condition)
     expected = ((moved - start) ** 4).flatten(1).mean(dim=1)
     assert torch.allclose(pia(field, z, condition, (first, second), 4), expected, rtol=1e-8)
-    expected = (predicted_noise((1 - second) * z, second) ** 4).flatten(1).mean(dim=1)
+    expected = (paper_noise(field, alpha * z, second, condition) ** 4).flatten(1).mean(dim=1)
     assert torch.allclose(sima(field, z, condition, (second,), 4), expected, rtol=1e-8)
 
 
+@pytest.mark.parametrize("kind", [Memorised, MemorisedCurve])
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_a_memorising_denoiser_gives_its_patients_away(attack: str) -> None:
+def test_a_memorising_denoiser_gives_its_patients_away(attack: str, kind: type[Memorised]) -> None:
     members, held_out = patients(12, seed=1), patients(12, seed=2)
-    leaky = Memorised(members)
-    public = Memorised(patients(12, seed=3))
+    leaky, public = kind(members), kind(patients(12, seed=3))
     found = [scores(clause(attack), leaky, group, public_denoiser=public) for group in (members, held_out)]
     least = 0.85 if attack == "gradient_norm" else 0.95  # it has one parameter to pull at
     assert auc(*found) > least
