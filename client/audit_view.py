@@ -16,6 +16,11 @@ def audit_lines(record: dict[str, Any]) -> list[str]:
         f"candidate {record['candidate_sha256'][:16]}, audit attempt {record['attempt']}",
         f"patients: {audit.n_members} members, {audit.n_held_out} held out",
         f"membership attack, reference-calibrated loss: AUC {_words(audit.attack)}",
+        *(
+            f"secondary attack, {figures.attack}: AUC {_words(figures.auc)}"
+            + ("" if figures.pooled else "; shown here alone")
+            for figures in audit.secondary
+        ),
         f"power of this site alone against the plan's reference attack: {audit.power:.2f}"
         + (" (too small to say much; the pooled audit decides)" if audit.power < 0.5 else ""),
         f"control, plain loss on the public model: AUC {_words(audit.public_control)}",

@@ -19,6 +19,7 @@ from scipy import stats
 from torch import Tensor
 
 from client.nearest_neighbours import Neighbour, nearest_neighbours
+from privacy.audit.attacks import secondary_scores
 from privacy.audit.bounds import (
     FloatArray,
     Interval,
@@ -39,7 +40,7 @@ from privacy.audit.membership import (
     attack_losses,
 )
 from privacy.audit.pooled_auc import planned_power
-from privacy.audit.verdict import PlantedLeak, attack_bound, level_of_test
+from privacy.audit.verdict import SECONDARY, PlantedLeak, attack_bound, level_of_test
 from shared.canonical import digest
 from shared.errors import MalformedMessageError
 from shared.model.denoiser import Denoiser
@@ -50,6 +51,48 @@ RATES = (0.001, 0.01, 0.05, 0.1)
 """False positive rates at which the true positive rate is shown, where enough patients are held out."""
 
 _SAMPLING_BATCH = 32
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class SecondaryFigures:
+    """One secondary attack at one hospital. Private.
+
+    Attributes:
+        attack: Name, such as ``sima`` or ``pia, guidance 3``.
+        auc: With interval; None where a group is empty.
+        pooled: Whether its counts are in the vector that leaves.
+        member_scores, held_out_scores: In the order of the audit's keys; higher speaks for membership.
+    """
+
+    attack: str
+    auc: Interval | None
+    pooled: bool
+    member_scores: FloatArray
+    held_out_scores: FloatArray
+
+    def __repr__(self) -> str:
+        return "SecondaryFigures(<private>)"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON; numbers that are not finite become None."""
+        return {
+            "attack": self.attack,
+            "auc": _interval_to_dict(self.auc),
+            "pooled": self.pooled,
+            "member_scores": _array_to_list(self.member_scores),
+            "held_out_scores": _array_to_list(self.held_out_scores),
+        }
+
+    @classmethod
+    def from_dict(cls, value: Any) -> SecondaryFigures:
+        """Inverse of :meth:`to_dict`; what is wrong is told by :meth:`LocalAudit.from_dict`."""
+        return cls(
+            attack=str(value["attack"]),
+            auc=_interval_from_dict(value["auc"]),
+            pooled=bool(value["pooled"]),
+            member_scores=_array_from_list(value["member_scores"]),
+            held_out_scores=_array_from_list(value["held_out_scores"]),
+        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -68,6 +111,7 @@ class LocalAudit:
         copied: Keyed hashes of members nearer than ``copy_distance``.
         counts: The vector that leaves, before noise: int64[k].
         neighbours: Members nearest to a sample, with pictures; empty in audits that kept none.
+        secondary: The plan's secondary attacks, in its order.
     """
 
     n_members: int
@@ -89,6 +133,7 @@ class LocalAudit:
     copied: tuple[str, ...]
     counts: Counts
     neighbours: tuple[Neighbour, ...] = ()
+    secondary: tuple[SecondaryFigures, ...] = ()
 
     def __repr__(self) -> str:
         return "LocalAudit(<private>)"
@@ -116,6 +161,7 @@ class LocalAudit:
             "copied": list(self.copied),
             "counts": [int(count) for count in self.counts],
             "neighbours": [neighbour.to_dict() for neighbour in self.neighbours],
+            "secondary": [figures.to_dict() for figures in self.secondary],
         }
 
     @classmethod
@@ -151,6 +197,7 @@ class LocalAudit:
                 copied=tuple(str(key) for key in value["copied"]),
                 counts=np.array([int(count) for count in value["counts"]], dtype=np.int64),
                 neighbours=tuple(Neighbour.from_dict(item) for item in value.get("neighbours", [])),
+                secondary=tuple(SecondaryFigures.from_dict(item) for item in value.get("secondary", [])),
                 **arrays,
             )
         except (KeyError, TypeError, ValueError, OverflowError):
@@ -227,7 +274,24 @@ def audit_candidate(
             if embedding_NE is None
             else nearest_distances(autoencoder, group, embedding_NE, device=device, progress=progress)
         )
-    audit = _figures(plan, members, held_out, losses, distances, planted)
+    secondary = [
+        [
+            secondary_scores(
+                attack,
+                candidate_denoiser,
+                group,
+                public_denoiser=public_denoiser,
+                plan_digest=plan_digest,
+                loss=loss,
+                device=device,
+                stage=f"{attack.attack_id}, {stage}",
+                progress=progress,
+            )
+            for group, stage in ((members, "members"), (held_out, "held out"))
+        ]
+        for attack in clause.secondary_attacks
+    ]
+    audit = _figures(plan, members, held_out, losses, distances, planted, secondary)
     if autoencoder is None or embedding_NE is None:
         return audit
     neighbours = nearest_neighbours(
@@ -279,6 +343,7 @@ def _figures(
     losses: Sequence[AttackLosses],
     distances: Sequence[FloatArray],
     planted: PlantedLeak,
+    secondary: Sequence[Sequence[FloatArray]],
 ) -> LocalAudit:
     clause, plan_digest = plan.audit, plan.digest()
     layout = CountsLayout.from_plan(plan)
@@ -288,15 +353,19 @@ def _figures(
     near = distances[0] < clause.copy_distance
     figures = [
         PatientFigures(
-            member=True, coin=bool(coin), score=float(score), public_loss=float(public), copied=bool(copied)
+            member=group == 0,
+            coin=group == 0 and bool(coins[index]),
+            score=float(losses[group].score_P[index]),
+            public_loss=float(losses[group].public_P[index]),
+            copied=group == 0 and bool(near[index]),
+            secondary=tuple(
+                float(scores[group][index])
+                for attack, scores in zip(clause.secondary_attacks, secondary, strict=True)
+                if attack.pooled_weight
+            ),
         )
-        for coin, score, public, copied in zip(
-            coins, losses[0].score_P, losses[0].public_P, near, strict=True
-        )
-    ]
-    figures += [
-        PatientFigures(member=False, coin=False, score=float(score), public_loss=float(public), copied=False)
-        for score, public in zip(losses[1].score_P, losses[1].public_P, strict=True)
+        for group, patients in enumerate((members, held_out))
+        for index in range(len(patients))
     ]
     scores = [group.score_P for group in losses]
     finite = [values[np.isfinite(values)] for values in scores]
@@ -324,6 +393,16 @@ def _figures(
         copy_distance=clause.copy_distance,
         copied=tuple(key for key, is_near in zip(member_keys, near, strict=True) if is_near),
         counts=layout.count(figures),
+        secondary=tuple(
+            SecondaryFigures(
+                attack=attack.attack_id,
+                auc=_auc_or_none(scores[0], scores[1], level_of_test(plan, SECONDARY)),
+                pooled=attack.pooled_weight > 0,
+                member_scores=scores[0],
+                held_out_scores=scores[1],
+            )
+            for attack, scores in zip(clause.secondary_attacks, secondary, strict=True)
+        ),
     )
 
 

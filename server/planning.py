@@ -103,6 +103,7 @@ def draft_plan(choices: PlanChoices, *, roster: RosterClause, public: Path) -> S
         audit_share=_audit_share(epsilon, choices.delta),
         local_learning_rate=choices.local_learning_rate,
     )
+    guidance_scale = float(advice.get("guidance_scale", preset.guidance_scale))
     audit = propose_audit(
         calibration["public_losses"],
         copy_distance=float(calibration["copy_distance"]),
@@ -110,6 +111,7 @@ def draft_plan(choices: PlanChoices, *, roster: RosterClause, public: Path) -> S
         declared_patients=choices.declared_patients,
         copy_samples=choices.copy_samples,
         noised=choices.mode != "unprotected",
+        guidance_scale=guidance_scale,
     ).model_copy(update={"min_power": choices.min_power, "low_power": choices.low_power})
     plan = parse_plan(
         {
@@ -136,7 +138,7 @@ def draft_plan(choices: PlanChoices, *, roster: RosterClause, public: Path) -> S
                 "ema_decay": float(advice.get("ema_decay", 0.9)),
                 "local_learning_rate": choices.local_learning_rate,
                 "sampling_steps": preset.sampling_steps,
-                "guidance_scale": float(advice.get("guidance_scale", preset.guidance_scale)),
+                "guidance_scale": guidance_scale,
             },
             "privacy": proposed.privacy.model_dump(mode="json"),
             "secure_aggregation": proposed.secure_aggregation.model_dump(mode="json"),

@@ -23,36 +23,20 @@ from torch import Tensor, nn
 from privacy.audit.bounds import FloatArray
 from privacy.audit.gradient_norm import gradient_norm
 from privacy.audit.membership import AttackNoise, LossPerSample, Progress, ScansOfPatient, mean_loss
+from privacy.audit.proposal import usual_attacks
 from privacy.audit.trajectory_attacks import TRAJECTORY_ATTACKS
 from shared.model.diffusion import diffusion_of_network
 from shared.model.guidance import GuidedVelocity
 from shared.study_plan import SecondaryAttackClause
 
-
-def usual_attacks(
-    *, guidance_scale: float = 1.0, timesteps: Sequence[float] = (0.2, 0.4, 0.6, 0.8)
-) -> tuple[SecondaryAttackClause, ...]:
-    """The secondary attacks of a new plan, for the site alone; signs and norms as published.
-
-    Args:
-        guidance_scale: Of generation under the plan; other than 1, every attack on the candidate's outputs
-            is made a second time under it, the primary attack's figure included.
-        timesteps: Of the loss that is differentiated, or guided.
-    """
-    plain = (
-        SecondaryAttackClause(attack="sima", timesteps=(0.1, 0.2, 0.3), norm=4),
-        SecondaryAttackClause(attack="pia", timesteps=(0.05, 0.2, 0.4), norm=4),
-        SecondaryAttackClause(attack="secmi", timesteps=(0.0, 0.1, 0.2, 0.3), norm=2),
-        SecondaryAttackClause(attack="gradient_norm", timesteps=tuple(timesteps), draws_per_timestep=2),
-    )
-    if guidance_scale == 1.0:
-        return plain
-    loss = SecondaryAttackClause(
-        attack="loss", timesteps=tuple(timesteps), draws_per_timestep=2, calibrated=True
-    )
-    return plain + tuple(
-        attack.model_copy(update={"guidance_scale": guidance_scale}) for attack in (loss, *plain)
-    )
+__all__ = [
+    "EncodedPatient",
+    "ImageEncoder",
+    "PatientImages",
+    "encode_patients",
+    "secondary_scores",
+    "usual_attacks",
+]
 
 
 def secondary_scores(

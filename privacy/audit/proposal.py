@@ -18,7 +18,7 @@ from privacy.audit.counts import PRIMARY_WEIGHT, CountsLayout
 from privacy.audit.pooled_auc import planned_power
 from privacy.audit.verdict import level_share
 from shared.errors import UsageError
-from shared.study_plan import AuditClause
+from shared.study_plan import AuditClause, SecondaryAttackClause
 
 SCORE_EDGE_MULTIPLES = (-0.1, -0.02, 0.0, 0.015, 0.03, 0.05, 0.08, 0.13, 0.2, 0.32, 0.55)
 """For noised counts: each further bin adds noise to the AUC."""
@@ -67,6 +67,7 @@ def propose_audit(
     draws_per_timestep: int = 2,
     copy_samples: int = 64,
     noised: bool = True,
+    guidance_scale: float = 1.0,
 ) -> AuditClause:
     """All values of an audit clause.
 
@@ -85,6 +86,33 @@ def propose_audit(
         max_copied_patients=int(
             stats.binom.isf(1e-3, declared_patients, min(max(false_copy_rate, 0.0), 1.0))
         ),
+        secondary_attacks=usual_attacks(guidance_scale=guidance_scale, timesteps=timesteps),
+    )
+
+
+def usual_attacks(
+    *, guidance_scale: float = 1.0, timesteps: Sequence[float] = (0.2, 0.4, 0.6, 0.8)
+) -> tuple[SecondaryAttackClause, ...]:
+    """The secondary attacks of a new plan, for the site alone; signs and norms as published.
+
+    Args:
+        guidance_scale: Of generation under the plan; other than 1, every attack on the candidate's outputs
+            is made a second time under it, the primary attack's figure included.
+        timesteps: Of the loss that is differentiated, or guided.
+    """
+    plain = (
+        SecondaryAttackClause(attack="sima", timesteps=(0.1, 0.2, 0.3), norm=4),
+        SecondaryAttackClause(attack="pia", timesteps=(0.05, 0.2, 0.4), norm=4),
+        SecondaryAttackClause(attack="secmi", timesteps=(0.0, 0.1, 0.2, 0.3), norm=2),
+        SecondaryAttackClause(attack="gradient_norm", timesteps=tuple(timesteps), draws_per_timestep=2),
+    )
+    if guidance_scale == 1.0:
+        return plain
+    loss = SecondaryAttackClause(
+        attack="loss", timesteps=tuple(timesteps), draws_per_timestep=2, calibrated=True
+    )
+    return plain + tuple(
+        attack.model_copy(update={"guidance_scale": guidance_scale}) for attack in (loss, *plain)
     )
 
 
@@ -104,7 +132,7 @@ def expected_power(
     Args:
         survivors_per_share: m / (t - c): how many shares of noise are in the sum, relative to those needed.
     """
-    layout = CountsLayout(score_edges=clause.score_edges, control_edges=clause.control_edges)
+    layout = CountsLayout.from_clause(clause)
     cell = audit_noise_multiplier * layout.sensitivity * math.sqrt(survivors_per_share) / PRIMARY_WEIGHT
     return planned_power(
         edges=np.linspace(-2.0, 3.0, len(clause.score_edges)),
@@ -114,7 +142,7 @@ def expected_power(
         held_out_std=cell,
         true_auc=clause.power_at_auc,
         bound=min(clause.max_auc, gaussian_auc_ceiling(epsilon, delta)),
-        error=clause.significance * level_share("membership_attack") / max_audit_attempts,
+        error=clause.significance * level_share(clause, "membership_attack") / max_audit_attempts,
     )
 
 

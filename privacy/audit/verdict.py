@@ -6,6 +6,8 @@ stands in no verdict.
 
 One significance level (``audit.significance``) is split before anything is looked at: evenly over the
 attempts that the plan allows, then half to the primary attack and an eighth to each of the other four tests.
+Where the plan pools secondary attacks they get half of the primary attack's share, evenly. Sites share one
+test each: their counts are added up before anything is tested.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from privacy.audit.bounds import Interval, gaussian_auc_ceiling, mann_whitney_p_
 from privacy.audit.counts import CountsLayout, PooledCounts, pooled_noise_std
 from privacy.audit.pooled_auc import NoisedHistograms, pooled_auc_interval, pooled_power
 from shared.errors import MalformedMessageError, UsageError
-from shared.study_plan import StudyPlan
+from shared.study_plan import AuditClause, StudyPlan
 
 Status = Literal["pass", "fail", "invalid"]
 Outcome = Literal["no_violation_found", "violation", "invalid"]
@@ -34,6 +36,9 @@ CONDITIONS = (
     "control_planted_leak",
     "copies",
 )
+SECONDARY = "secondary_attacks"
+"""One more condition, the last, where the plan pools secondary attacks."""
+
 _SHARES = {
     "membership_attack": 1 / 2,
     "control_public_loss": 1 / 8,
@@ -157,19 +162,27 @@ class PooledVerdict:
             verdict = cls(conditions=tuple(_condition_from(item) for item in value["conditions"]))
         except (KeyError, TypeError) as error:
             raise MalformedMessageError("verdict: not of the form that Lacuna writes") from error
-        if tuple(c.name for c in verdict.conditions) != CONDITIONS or verdict.to_dict() != value:
+        names = tuple(c.name for c in verdict.conditions)
+        if names not in (CONDITIONS, (*CONDITIONS, SECONDARY)) or verdict.to_dict() != value:
             raise MalformedMessageError("verdict: conditions missing, or outcome and conditions disagree")
         return verdict
 
 
-def level_share(condition: str) -> float:
-    """The share of ``audit.significance`` that one test gets, before the split over attempts."""
-    return _SHARES[condition]
+def level_share(clause: AuditClause, condition: str) -> float:
+    """The share of ``audit.significance`` that one test gets, before the split over attempts.
+
+    Of ``secondary_attacks`` each attack is a test of its own.
+    """
+    pooled = len(clause.pooled_attacks)
+    if condition == SECONDARY:
+        return _SHARES["membership_attack"] / 2.0 / max(pooled, 1)
+    share = _SHARES[condition]
+    return share / 2.0 if pooled and condition == "membership_attack" else share
 
 
 def level_of_test(plan: StudyPlan, condition: str) -> float:
     """The significance of one test of one audit attempt."""
-    return plan.audit.significance * _SHARES[condition] / plan.privacy.max_audit_attempts
+    return plan.audit.significance * level_share(plan.audit, condition) / plan.privacy.max_audit_attempts
 
 
 def compute_verdict(
@@ -194,16 +207,17 @@ def compute_verdict(
     pooled = CountsLayout.from_plan(plan).read(
         pooled_counts, noise_std=pooled_noise_std(plan, len(survivors))
     )
-    return PooledVerdict(
-        conditions=(
-            _attack(plan, pooled),
-            _power(plan, pooled),
-            _control(plan, "control_public_loss", pooled.public_loss, "plain loss on the public model"),
-            _control(plan, "control_members", pooled.member_halves, "members against members"),
-            _planted(plan, planted_leak),
-            _copies(plan, pooled),
-        )
+    conditions: tuple[Condition, ...] = (
+        _attack(plan, pooled),
+        _power(plan, pooled),
+        _control(plan, "control_public_loss", pooled.public_loss, "plain loss on the public model"),
+        _control(plan, "control_members", pooled.member_halves, "members against members"),
+        _planted(plan, planted_leak),
+        _copies(plan, pooled),
     )
+    if plan.audit.pooled_attacks:
+        conditions += (_secondary(plan, pooled),)
+    return PooledVerdict(conditions=conditions)
 
 
 def attack_bound(plan: StudyPlan) -> float:
@@ -224,6 +238,33 @@ def _attack(plan: StudyPlan, pooled: PooledCounts) -> Condition:
         interval,
         bound,
         f"AUC {interval.estimate:.3f} ({low:.3f} to {high:.3f}); its lower end {relation} {bound:.3f}",
+    )
+
+
+def _secondary(plan: StudyPlan, pooled: PooledCounts) -> Condition:
+    """The pooled secondary attack whose interval lies highest; each has its own share of the significance.
+
+    They only add reasons to refuse: where noise leaves one without a figure, power is the primary attack's.
+    """
+    bound, found = attack_bound(plan), []
+    for attack, histograms in zip(plan.audit.pooled_attacks, pooled.secondary, strict=True):
+        interval = pooled_auc_interval(histograms, error=level_of_test(plan, SECONDARY))
+        if interval is not None:
+            found.append((interval.low, attack.attack_id, interval))
+    if not found:
+        text = "no secondary attack carries a figure under the noise"
+        return Condition(
+            name=SECONDARY, status="pass", figure=None, low=None, high=None, bound=_rounded(bound), text=text
+        )
+    low, attack_id, interval = max(found, key=lambda item: item[:2])
+    relation = "is above" if low > bound else "is not above"
+    return _condition(
+        SECONDARY,
+        "fail" if low > bound else "pass",
+        interval,
+        bound,
+        f"{attack_id}, highest of {len(found)} with a figure: AUC {interval.estimate:.3f} ({low:.3f} to "
+        f"{interval.high:.3f}); its lower end {relation} {bound:.3f}",
     )
 
 

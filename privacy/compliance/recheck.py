@@ -190,7 +190,7 @@ class OpenedEvidence:
 def recheck_conditions(opened: OpenedEvidence) -> list[Check]:
     """Evaluate every condition of the gate anew. Never raises: what cannot be evaluated has failed."""
     checks = []
-    for name, evaluate in REQUIRED_CONDITIONS.items():
+    for name, evaluate in required_conditions(opened.plan).items():
         try:
             detail = evaluate(opened)
             checks.append(Check(name=f"gate {name}", status="pass", detail=detail))
@@ -510,4 +510,17 @@ REQUIRED_CONDITIONS: dict[str, Callable[[OpenedEvidence], str]] = {
     "audit-copies": _audit_condition("copies"),
     "no-veto": _no_veto,
 }
-"""What a gate decision must list, each as passed; a decision that leaves one out is refused."""
+"""What every gate decision must list, each as passed; a decision that leaves one out is refused."""
+
+_ASKED_FOR: dict[str, tuple[Callable[[StudyPlan], bool], Callable[[OpenedEvidence], str]]] = {
+    "audit-secondary-attacks": (
+        lambda plan: bool(plan.audit.pooled_attacks),
+        _audit_condition("secondary_attacks"),
+    ),
+}
+
+
+def required_conditions(plan: StudyPlan) -> dict[str, Callable[[OpenedEvidence], str]]:
+    """What a gate decision under this plan must list: the above, and what the plan asks for besides."""
+    asked = {name: check for name, (wanted, check) in _ASKED_FOR.items() if wanted(plan)}
+    return {**REQUIRED_CONDITIONS, **asked}

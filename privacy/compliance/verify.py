@@ -24,11 +24,11 @@ from privacy.compliance.approval_check import ApprovalCount, check_approvals, op
 from privacy.compliance.dsse import EvidenceError, SignedStatement, open_signed, sha256_hex, strict_json
 from privacy.compliance.ledger_check import SeenHead
 from privacy.compliance.recheck import (
-    REQUIRED_CONDITIONS,
     Check,
     Evidence,
     OpenedEvidence,
     recheck_conditions,
+    required_conditions,
 )
 from privacy.compliance.release_log import LogEntry, LogHead, read_log_file
 from privacy.compliance.validity import check_in_force
@@ -338,7 +338,7 @@ class _Verification:
         if predicate.get("decision") != "release":
             faults.append(f"the gate said {str(predicate.get('decision'))[:40]!r}")
         listed = {c.get("name"): c for c in predicate.get("conditions", []) if isinstance(c, dict)}
-        absent = [name for name in REQUIRED_CONDITIONS if name not in listed]
+        absent = [name for name in required_conditions(self.plan) if name not in listed]
         if absent:
             faults.append(f"conditions left out: {', '.join(absent)}")
         failed = [str(name) for name, entry in listed.items() if entry.get("passed") is not True]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from privacy.compliance.approvals import DECISION_PREDICATE
-from server.release.gate_conditions import CHECKS, TITLES
+from server.release.gate_conditions import CHECKS, conditions_of
 from server.release.gate_evidence import GateEvidence, GateInputs, SiteSpending, in_words
 from shared.attestation import Statement, Subject, sign_statement
 from shared.errors import CoordinatorError
@@ -99,7 +99,7 @@ def evaluate_gate(inputs: GateInputs) -> GateDecision:
     """Evaluate every condition. Never raises: what cannot be evaluated has failed."""
     evidence = GateEvidence(inputs)
     conditions = []
-    for name, title in TITLES.items():
+    for name, title in conditions_of(inputs.plan).items():
         try:
             passed, figure, bound, reason = CHECKS[name](evidence)
         except Exception as error:  # fail closed: a crash in a check is a failed check

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 
 from privacy.audit.verdict import CONDITIONS as AUDIT_CONDITIONS
+from privacy.audit.verdict import SECONDARY
 from privacy.compliance.approvals import check_plan_approval
 from privacy.compliance.validity import signed_day
 from privacy.dp.accounting import PrivacyEvent
@@ -20,6 +21,7 @@ from shared.attestation import open_statement
 from shared.errors import LacunaError
 from shared.identity import VerifyKey
 from shared.plan_package import PLAN_PREDICATE
+from shared.study_plan import StudyPlan
 
 Result = tuple[bool, str, str, str]
 """(passed, figure, bound, reason or remark)."""
@@ -51,9 +53,19 @@ TITLES = {
     "audit-control-members": "Control: members against members tell nothing",
     "audit-control-planted-leak": "Control: a planted leak is seen",
     "audit-copies": "Copies: patients whom a generated scan comes too close to",
+    "audit-secondary-attacks": "Secondary membership attacks whose counts the plan pools",
     "no-veto": "No site vetoes",
 }
 """Every condition, in the order in which it is listed."""
+
+_ASKED_FOR: dict[str, Callable[[StudyPlan], bool]] = {
+    "audit-secondary-attacks": lambda plan: bool(plan.audit.pooled_attacks),
+}
+
+
+def conditions_of(plan: StudyPlan) -> dict[str, str]:
+    """Names and titles of the conditions of this plan's gate, without those that it does not ask for."""
+    return {name: title for name, title in TITLES.items() if name not in _ASKED_FOR or _ASKED_FOR[name](plan)}
 
 
 _AUDIT_BOUNDS = {
@@ -63,6 +75,7 @@ _AUDIT_BOUNDS = {
     "control_members": "interval contains {:.4g}",
     "control_planted_leak": "p <= {:.4g}",
     "copies": "lower end <= {:.4g} patients",
+    SECONDARY: "lower ends of AUC <= {:.4g}",
 }
 
 
@@ -389,5 +402,5 @@ CHECKS: dict[str, Callable[[GateEvidence], Result]] = {
     "verdicts-agree": _verdicts_agree,
     "verdicts-recomputed": _verdicts_recomputed,
     "no-veto": _no_veto,
-    **{f"audit-{name.replace('_', '-')}": _audit_check(name) for name in AUDIT_CONDITIONS},
+    **{f"audit-{name.replace('_', '-')}": _audit_check(name) for name in (*AUDIT_CONDITIONS, SECONDARY)},
 }

@@ -12,10 +12,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
-from small_plan import small_plan
+from small_plan import changed, small_plan
 from torch import Tensor
 
+from client.audit_view import audit_lines
 from client.auditor import LocalAudit, audit_candidate, audit_seed
+from privacy.audit.attacks import usual_attacks
 from privacy.audit.counts import CountsLayout
 from privacy.audit.proposal import propose_edges
 from privacy.audit.verdict import compute_verdict
@@ -25,7 +27,7 @@ from shared.model.autoencoder import build_autoencoder
 from shared.model.denoiser import Denoiser, build_denoiser
 from shared.model.diffusion import per_sample_loss
 from shared.model.presets import preset_named
-from shared.study_plan import StudyPlan
+from shared.study_plan import StudyPlan, parse_plan
 
 SHAPE = (4, 6, 6, 6)
 PRESET = preset_named("micro")
@@ -172,6 +174,43 @@ def test_one_patient_more_moves_the_counts_by_at_most_the_sensitivity(
     for change in (whole - counts(members[1:], held_out), whole - counts(members, held_out[:-1])):
         assert 0 < np.linalg.norm(change) <= sensitivity + 1e-9
         assert (change >= 0).all()
+
+
+def test_secondary_attacks_are_kept_at_the_site_and_pooled_where_the_plan_says(
+    plan: StudyPlan, networks: tuple[Denoiser, Denoiser]
+) -> None:
+    attacks = [attack.model_dump(mode="json") for attack in usual_attacks(guidance_scale=2.0)]
+    attacks[0] |= {"edges": [-1.0, -0.1], "pooled_weight": 5}
+    attacks = attacks[:6]
+    asking = parse_plan(changed(plan.model_dump(mode="json"), "audit.secondary_attacks", attacks), what="")
+    stages: list[str] = []
+    members, held_out = _patients(3, seed=1, name="m"), _patients(2, seed=3, name="h")
+    audit = audit_candidate(
+        plan=asking,
+        public_denoiser=networks[0],
+        candidate_denoiser=networks[1],
+        autoencoder=None,
+        members=members,
+        held_out=held_out,
+        progress=lambda *facts: stages.append(facts[0]),
+    )
+    assert [figures.attack for figures in audit.secondary] == [
+        "sima", "pia", "secmi", "gradient_norm", "loss, calibrated, guidance 2", "sima, guidance 2",
+    ]  # fmt: skip
+    assert [figures.pooled for figures in audit.secondary] == [True] + 5 * [False]
+    assert {f"{figures.attack}, members" for figures in audit.secondary} <= set(stages)
+    for figures in audit.secondary:
+        assert figures.member_scores.shape == (3,) and figures.held_out_scores.shape == (2,)
+        assert np.isfinite(figures.member_scores).all() and figures.auc is not None
+    (sima,) = CountsLayout.from_plan(asking).read(audit.counts, noise_std=0.0).secondary
+    binned = np.bincount(np.digitize(audit.secondary[0].member_scores, [-1.0, -0.1]), minlength=3)
+    assert sima.members_B.tolist() == binned.tolist() and sima.n_held_out == 2
+    again = LocalAudit.from_dict(parse_json(canonical_json(audit.to_dict()), what="audit"))
+    assert again.to_dict() == audit.to_dict()
+    record = {"figures": audit.to_dict(), "candidate_sha256": "0" * 64, "attempt": 1}
+    lines = audit_lines(record)
+    assert sum("secondary attack" in line for line in lines) == 6
+    assert sum("shown here alone" in line for line in lines) == 5
 
 
 def test_what_the_site_keeps_reads_back_and_prints_nothing(leaky: LocalAudit) -> None:

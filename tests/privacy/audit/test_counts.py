@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,9 +15,15 @@ from hypothesis import strategies as st
 from privacy.audit.counts import CountsLayout, PatientFigures, pooled_noise_std
 from privacy.dp.execution_plan import ExecutionPlan
 from shared.errors import UsageError
-from shared.study_plan import StudyPlan
+from shared.study_plan import SecondaryAttackClause, StudyPlan
 
 LAYOUT = CountsLayout(score_edges=(-0.5, 0.0, 0.5, 1.0), control_edges=(0.9, 1.1))
+
+POOLED = (
+    SecondaryAttackClause(attack="sima", timesteps=(0.2,), edges=(-0.1, 0.1), pooled_weight=4),
+    SecondaryAttackClause(attack="pia", timesteps=(0.1, 0.2), edges=(0.0,), pooled_weight=7),
+)
+WIDER = CountsLayout(score_edges=(0.0,), control_edges=(1.0,), secondary=POOLED)
 
 _ANY = st.floats(allow_nan=True, allow_infinity=True, width=32)
 _PATIENT = st.builds(
@@ -38,6 +45,38 @@ def test_adding_one_patient_moves_the_vector_by_at_most_the_sensitivity(
     assert np.linalg.norm(change) <= LAYOUT.sensitivity + 1e-9
     assert (change >= 0).all()
     assert np.count_nonzero(change) <= 3
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.tuples(_PATIENT, _ANY, _ANY), max_size=5), st.tuples(_PATIENT, _ANY, _ANY))
+def test_pooled_secondary_attacks_are_in_the_sensitivity(
+    others: list[tuple[PatientFigures, float, float]], added: tuple[PatientFigures, float, float]
+) -> None:
+    before, one = (
+        [replace(patient, secondary=scores) for patient, *scores in group] for group in (others, [added])
+    )
+    change = WIDER.count(before + one) - WIDER.count(before)
+    assert np.linalg.norm(change) <= WIDER.sensitivity + 1e-9
+    assert (change >= 0).all() and np.count_nonzero(change) <= 5
+
+
+def test_pooled_secondary_attacks_reach_the_sensitivity_and_are_read_back() -> None:
+    assert WIDER.sensitivity == pytest.approx(math.sqrt(16**2 + 2 * 8**2 + 4**2 + 7**2))
+    member = PatientFigures(
+        member=True, coin=True, score=1.0, public_loss=2.0, copied=True, secondary=(0.0, -1.0)
+    )
+    assert np.linalg.norm(WIDER.count([member])) == pytest.approx(WIDER.sensitivity)
+    outside = replace(member, member=False, secondary=(5.0, math.nan))
+    counts = WIDER.count([member, member, outside])
+    assert counts.shape == (len(WIDER.names),) == (WIDER.length,)
+    pooled = WIDER.read(counts, noise_std=8.0)
+    sima, pia = pooled.secondary
+    assert sima.members_B.tolist() == [0, 2, 0] and sima.held_out_B.tolist() == [0, 0, 1]
+    assert pia.members_B.tolist() == [2, 0] and pia.held_out_B.tolist() == [0, 0]
+    assert (sima.members_std, pia.held_out_std) == (2.0, pytest.approx(8 / 7))
+    assert pooled.copied == 2
+    with pytest.raises(UsageError, match="0 secondary scores, the plan pools 2"):
+        WIDER.count([replace(member, secondary=())])
 
 
 def test_the_sensitivity_is_reached_and_so_not_larger_than_needed() -> None:

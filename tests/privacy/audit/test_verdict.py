@@ -12,7 +12,14 @@ import pytest
 from scipy import stats
 
 from privacy.audit.counts import CountsLayout, PatientFigures, pooled_noise_std
-from privacy.audit.verdict import CONDITIONS, PlantedLeak, PooledVerdict, compute_verdict, level_of_test
+from privacy.audit.verdict import (
+    CONDITIONS,
+    SECONDARY,
+    PlantedLeak,
+    PooledVerdict,
+    compute_verdict,
+    level_of_test,
+)
 from privacy.audit.verdict_statement import (
     VerdictMismatchError,
     VerdictStatement,
@@ -38,6 +45,7 @@ def _counts(
     loss_shift: float = 0.0,
     coin_shift: float = 0.0,
     copied: int = 0,
+    secondary_shift: float = 0.0,
 ) -> list[int]:
     """Pooled counts of a simulated audit with normal scores, noised as the plan says."""
     layout = CountsLayout.from_plan(plan)
@@ -49,6 +57,7 @@ def _counts(
             score=float(rng.normal(shift + coin_shift * (not coin), 1)),
             public_loss=float(rng.normal(1.0 + loss_shift, 0.2)),
             copied=i < copied,
+            secondary=tuple(rng.normal(secondary_shift, 1, len(layout.secondary))),
         )
         for i, coin in enumerate(coins)
     ]
@@ -59,6 +68,7 @@ def _counts(
             score=float(rng.normal()),
             public_loss=float(rng.normal(1.0, 0.2)),
             copied=False,
+            secondary=tuple(rng.normal(0, 1, len(layout.secondary))),
         )
         for _ in range(n[1])
     ]
@@ -84,6 +94,54 @@ def test_null_candidates_are_refused_at_most_at_the_stated_level(make_plan: Make
         refused += any(c.status != "pass" for c in verdict.conditions if c.name != "power")
     assert stats.binom.sf(36, 600, 0.025) < 1e-6
     assert refused <= 36
+
+
+POOLED = [
+    {"attack": "sima", "timesteps": [0.2], "edges": [-0.5, 0.5, 1.5], "pooled_weight": 16},
+    {"attack": "pia", "timesteps": [0.1, 0.3], "edges": [0.0, 1.0], "pooled_weight": 8},
+]
+
+
+def test_a_leak_that_only_a_secondary_attack_sees_is_refused(make_plan: MakePlan) -> None:
+    plan = make_plan(audit_noise=0.5, secondary_attacks=POOLED)
+    rng = np.random.default_rng(5)
+    verdict = _verdict(plan, _counts(plan, rng, secondary_shift=2.0))
+    assert [c.name for c in verdict.conditions if c.status == "fail"] == [SECONDARY]
+    assert "highest of 2 with a figure" in verdict.condition(SECONDARY).text
+    assert PooledVerdict.from_dict(verdict.to_dict()) == verdict
+    plain = make_plan(audit_noise=0.5)
+    assert SECONDARY not in [c.name for c in _verdict(plain, _counts(plain, rng)).conditions]
+
+
+def test_a_secondary_attack_under_too_much_noise_prints_no_figure(make_plan: MakePlan) -> None:
+    """It never passes for the primary attack: power is computed for that one alone."""
+    blind = [{**attack, "pooled_weight": 1} for attack in POOLED]
+    plan = make_plan(audit_noise=3.0, secondary_attacks=blind)
+    rng = np.random.default_rng(6)
+    verdicts = [_verdict(plan, _counts(plan, rng, n=(20, 10))) for _ in range(20)]
+    found = [verdict.condition(SECONDARY) for verdict in verdicts]
+    assert all(condition.status == "pass" for condition in found)
+    assert any("no secondary attack carries a figure" in condition.text for condition in found)
+    assert all(verdict.outcome == "invalid" for verdict in verdicts)
+
+
+def test_null_candidates_with_secondary_attacks_are_refused_at_most_at_the_level(make_plan: MakePlan) -> None:
+    """As above: 160 audits, at most 17 refused at a true rate of 2.5% (more: probability below 1e-6)."""
+    plan = make_plan(audit_noise=0.5, secondary_attacks=POOLED)
+    rng = np.random.default_rng(12)
+    refused = sum(
+        any(c.status != "pass" for c in _verdict(plan, _counts(plan, rng)).conditions if c.name != "power")
+        for _ in range(160)
+    )
+    assert stats.binom.sf(17, 160, 0.025) < 1e-6
+    assert refused <= 17
+
+
+def test_levels_with_secondary_attacks_add_up_as_well(make_plan: MakePlan) -> None:
+    plan = make_plan(secondary_attacks=POOLED)
+    tests = [name for name in CONDITIONS if name != "power"] + [SECONDARY] * len(POOLED)
+    total = sum(level_of_test(plan, name) for name in tests) * plan.privacy.max_audit_attempts
+    assert total == pytest.approx(plan.audit.significance)
 
 
 def test_levels_of_all_tests_and_attempts_add_up_to_the_stated_one(make_plan: MakePlan) -> None:

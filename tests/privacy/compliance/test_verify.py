@@ -19,15 +19,16 @@ from release_study import AT, SITES, Study, attempt_records, make_ledger, make_s
 
 from privacy.compliance.approvals import approve_decision
 from privacy.compliance.ledger_check import SeenHead
-from privacy.compliance.recheck import REQUIRED_CONDITIONS
+from privacy.compliance.recheck import REQUIRED_CONDITIONS, required_conditions
 from privacy.compliance.release_log import log_head, read_log_file
 from privacy.compliance.verify import VerificationReport, verify_bundle
 from privacy.dp.accounting import PrivacyEvent
 from privacy.ledger_chain import read_export
-from server.release.gate_conditions import TITLES
+from server.release.gate_conditions import CHECKS, TITLES, conditions_of
 from server.release.log import append_withdrawal
 from shared.attestation import Statement, Subject, sign_statement
 from shared.identity import SigningKey
+from shared.study_plan import SecondaryAttackClause
 
 RELEASE = "attestations/release.dsse.json"
 DECISION = "attestations/gate-decision.dsse.json"
@@ -118,6 +119,14 @@ def nothing(predicate: dict[str, Any]) -> None:
     """No change."""
 
 
+EVERYTHING: dict[str, Any] = {
+    "secondary_attacks": (
+        SecondaryAttackClause(attack="sima", timesteps=(0.2,), edges=(0.0,), pooled_weight=4),
+    ),
+}
+"""Every clause that asks for further conditions of the gate."""
+
+
 def test_the_honest_bundle_passes_with_everything_listed(study: Study, bundle: Path, log: Path) -> None:
     key = study.coordinator.verify_key
     export = read_export(study.inputs.ledgers["alpha"], study.keys["alpha"].verify_key)
@@ -137,8 +146,16 @@ def test_what_was_not_given_is_listed_as_unchecked(bundle: Path) -> None:
     assert unchecked == {"coordinator key", "release log", "ledger receipts"}
 
 
-def test_the_officer_demands_every_condition_of_the_gate() -> None:
-    assert list(REQUIRED_CONDITIONS) == list(TITLES)
+def test_the_officer_demands_every_condition_of_the_gate(study: Study) -> None:
+    assert (
+        list(REQUIRED_CONDITIONS) == list(conditions_of(study.plan)) == list(required_conditions(study.plan))
+    )
+
+
+def test_the_officer_demands_what_a_plan_asks_for_besides(study: Study) -> None:
+    asking = study.plan.model_copy(update={"audit": study.plan.audit.model_copy(update=EVERYTHING)})
+    assert list(TITLES) == list(conditions_of(asking))
+    assert set(CHECKS) == set(TITLES) == set(required_conditions(asking))
 
 
 def test_files_of_the_bundle_are_those_that_are_tampered_with_below(bundle: Path) -> None:
