@@ -6,7 +6,7 @@ what to send, carries the next attempt's keys and shares along, and decides with
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -91,7 +91,7 @@ class Attempt:
             vector_length=task.vector_length,
         )
         self._protocol = self._invite(())
-        self.total: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
+        self._total: NDArray[np.int64] | None = None
 
     @property
     def participants(self) -> tuple[str, ...]:
@@ -108,10 +108,16 @@ class Attempt:
         """Signed heads of the sites' ledgers, as they came with their keys: receipts."""
         return self._protocol.ledger_heads
 
+    def take_total(self) -> NDArray[np.int64]:
+        """The unmasked sum, int64 [vector_length], once: the attempt keeps nothing of it."""
+        assert self._total is not None, "the attempt has completed, and its total was not taken before"
+        total, self._total = self._total, None
+        return total
+
     def set_up(self, sites: Iterable[str]) -> None:
         """Exchange keys, then shares, in exchanges of their own. Raises AttemptAbortedError."""
-        self._exchange(_each(self._advertise_requests(sites)))
-        self._exchange(_each(self._share_requests()))
+        self._exchange(_each(self._advertise_requests(sites)).items())
+        self._exchange(_each(self._share_requests()).items())
         if not self._ready:
             raise AttemptAbortedError("too few sites delivered keys and shares", self._lost)
 
@@ -156,13 +162,17 @@ class Attempt:
             weights_hash=work.weights_hash(), request_hash=work.request_hash()
         )
         self._on_open(self)
-        parts: dict[str, list[Envelope]] = {
-            site: [work.to_envelope(), request.to_envelope()] for site, request in uploads.items()
-        }
+        riding: dict[str, AdvertiseRequest] = {}
         if successor is not None:
-            for site, request in successor._advertise_requests(self._directory.reachable).items():
-                parts.setdefault(site, []).append(request.to_envelope())
-        self._exchange(parts, successor)
+            riding = successor._advertise_requests(self._directory.reachable)
+
+        def parts() -> Iterator[tuple[str, list[Envelope]]]:
+            weights = work.to_envelope()
+            for site in dict.fromkeys((*uploads, *riding)):
+                items = [weights, uploads[site].to_envelope()] if site in uploads else []
+                yield site, [*items, riding[site].to_envelope()] if site in riding else items
+
+        self._exchange(parts(), successor)
         self._protocol.close_uploads()
 
     # exchange C and B
@@ -170,13 +180,13 @@ class Attempt:
     def _unmask(self, successor: Attempt | None) -> None:
         if self._protocol.needs_confirmation:
             self._on_event("sites_dropped", attempt=self.number, lost=self._lost)
-            self._exchange(_each(self._protocol.build_confirm_requests()), successor)
+            self._exchange(_each(self._protocol.build_confirm_requests()).items(), successor)
         parts = _each(self._protocol.build_unmask_requests())
         if successor is not None and successor._protocol.enough(Component.ADVERTISE):
             for site, request in successor._share_requests().items():
                 parts.setdefault(site, []).append(request.to_envelope())
-        self._exchange(parts, successor)
-        self.total = self._protocol.total()
+        self._exchange(parts.items(), successor)
+        self._total = self._protocol.total()
 
     # parts
 
@@ -198,9 +208,11 @@ class Attempt:
             invited=sites,
         )
 
-    def _exchange(self, parts: dict[str, list[Envelope]], successor: Attempt | None = None) -> None:
+    def _exchange(
+        self, parts: Iterable[tuple[str, list[Envelope]]], successor: Attempt | None = None
+    ) -> None:
         reachable = set(self._directory.reachable)
-        asked = {site: items for site, items in parts.items() if site in reachable}
+        asked = ((site, items) for site, items in parts if site in reachable)
 
         def on_parts(site: str, replies: list[Envelope]) -> None:
             for reply in replies:

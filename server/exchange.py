@@ -2,12 +2,16 @@
 
 A site is given up for this exchange when its node is gone, when its courier cannot reach the agent, when
 the whole answer does not parse, or at the deadline; whatever it still sends is not read.
+
+A message may be as large as the model. So requests are made one after the other, when their turn to be sent
+has come, and answers are fetched, handled and forgotten one after the other: what an exchange holds does not
+depend on the number of sites.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from server.site_directory import SiteDirectory
@@ -46,44 +50,45 @@ class Exchanger:
 
     def run(
         self,
-        parts: Mapping[str, Sequence[Envelope]],
+        parts: Iterable[tuple[str, Sequence[Envelope]]],
         *,
         on_parts: Callable[[str, list[Envelope]], None],
     ) -> dict[str, str]:
         """Send every site its parts and hand each answer's parts to ``on_parts`` as they arrive.
 
+        Args:
+            parts: Site and parts; taken from the iterable one by one, as they are sent.
+            on_parts: Called with the site and its answer's parts.
+
         Returns:
             For each site that gave no answer, why.
         """
-        envelopes = {site: pack(EXCHANGE, list(items)) for site, items in parts.items() if items}
-        return self.send(envelopes, on_reply=lambda site, reply: on_parts(site, _parts(reply)))
+        envelopes = ((site, pack(EXCHANGE, list(items))) for site, items in parts if items)
+        return self._exchange(envelopes, lambda site, reply: on_parts(site, _parts(reply)))
 
     def send(
         self, envelopes: Mapping[str, Envelope], *, on_reply: Callable[[str, Envelope], None]
     ) -> dict[str, str]:
         """Send one envelope a site; see :meth:`run`."""
+        return self._exchange(envelopes.items(), on_reply)
+
+    def _exchange(
+        self, envelopes: Iterable[tuple[str, Envelope]], on_reply: Callable[[str, Envelope], None]
+    ) -> dict[str, str]:
         lost: dict[str, str] = {}
         pending: dict[str, str] = {}
-        for site, envelope in envelopes.items():
+        for site, envelope in envelopes:
             message_id = self._transport.push(
                 self._directory.node(site), envelope, ttl_s=self._pace.exchange_s + 60
             )
             pending[message_id] = site
+            del envelope  # else it would live on while the answers come
         deadline = self._clock() + self._pace.exchange_s
         next_check = self._clock() + self._pace.node_check_s
         while pending:
-            replies = self._transport.pull(list(pending))
-            for reply in replies:
-                site = pending.pop(reply.message_id)
-                if isinstance(reply.content, str):
-                    lost[site] = reply.content
-                elif reply.content.kind == REFUSED:
-                    lost[site] = str(reply.content.body.get("reason", "refused"))[:64]
-                else:
-                    try:
-                        on_reply(site, reply.content)
-                    except LacunaError as error:
-                        lost[site] = error.message
+            answered = [item for item in pending.items() if self._take(*item, on_reply, lost)]
+            for message_id, _ in answered:
+                del pending[message_id]
             now = self._clock()
             if now >= next_check and pending:
                 next_check = now + self._pace.node_check_s
@@ -95,11 +100,28 @@ class Exchanger:
             if now >= deadline:
                 lost.update(dict.fromkeys(pending.values(), "no answer before the deadline"))
                 break
-            if pending and not replies:
+            if pending and not answered:
                 time.sleep(self._pace.poll_s)
         for site in lost:
             self._directory.forget(site)
         return lost
+
+    def _take(
+        self, message_id: str, site: str, on_reply: Callable[[str, Envelope], None], lost: dict[str, str]
+    ) -> bool:
+        """Fetch one site's answer if it has come, and handle it; nothing of it outlives the call."""
+        for reply in self._transport.pull([message_id]):
+            if isinstance(reply.content, str):
+                lost[site] = reply.content
+            elif reply.content.kind == REFUSED:
+                lost[site] = str(reply.content.body.get("reason", "refused"))[:64]
+            else:
+                try:
+                    on_reply(site, reply.content)
+                except LacunaError as error:
+                    lost[site] = error.message
+            return True
+        return False
 
 
 def _parts(reply: Envelope) -> list[Envelope]:

@@ -19,6 +19,9 @@ from shared.study_plan import StudyPlan
 
 Vector = NDArray[np.float32]
 
+CHUNK = 1 << 18
+"""Coordinates that are converted at a time."""
+
 
 class GlobalModel:
     """Weights float32 [d], Adam (Kingma and Ba 2015, as in ``torch.optim``), EMA of the weights.
@@ -49,36 +52,52 @@ class GlobalModel:
 
     @property
     def weights(self) -> Vector:
-        return self._weights.detach().numpy().copy()
+        """A view that cannot be written to; it shows the model as it is, also after later rounds."""
+        return _view(self._weights.detach())
 
     @property
     def ema(self) -> Vector:
-        """Moving average that starts at the prior; the candidate for release."""
-        return self._ema.numpy().copy()
+        """Moving average that starts at the prior; the candidate for release. A view, as ``weights``."""
+        return _view(self._ema)
 
     def apply(self, total: NDArray[np.int64], *, n_survivors: int) -> None:
-        """Take one round's unmasked sum, in grid steps [d].
+        """Take one round's unmasked sum, in grid steps [d]. Memory: one float32 vector beside the sum.
 
         Raises:
-            CoordinatorError: the result is not finite; the weights are unchanged.
+            CoordinatorError: the result would not be finite; the weights are unchanged.
         """
-        plan = self._plan
-        vector = total.astype(np.float64) * plan.secure_aggregation.grid_step
-        before = self._weights.detach().clone()
-        if plan.privacy.mode == "distributed":
-            average = vector / (plan.privacy.declared_patients * plan.privacy.sampling_rate)
-            self._weights.grad = torch.from_numpy(average.astype(np.float32))
+        privacy = self._plan.privacy
+        distributed = privacy.mode == "distributed"
+        divisor = privacy.declared_patients * privacy.sampling_rate if distributed else float(n_survivors)
+        average = self._average(total, divisor)
+        del total
+        if distributed:
+            # Adam's step is bounded by the learning rate where the gradient is finite.
+            self._check_finite(average)
+            self._weights.grad = torch.from_numpy(average)
             self._optimizer.step()
             self._weights.grad = None
         else:
+            average += self.weights
+            self._check_finite(average)
             with torch.no_grad():
-                self._weights += torch.from_numpy((vector / n_survivors).astype(np.float32))
-        if not torch.isfinite(self._weights).all():
-            with torch.no_grad():
-                self._weights.copy_(before)
-            raise CoordinatorError("the step made weights that are not finite; it is not taken")
+                self._weights.copy_(torch.from_numpy(average))
         self.round += 1
-        self._ema.lerp_(self._weights.detach(), 1 - plan.model.ema_decay)
+        self._ema.lerp_(self._weights.detach(), 1 - self._plan.model.ema_decay)
+
+    def _average(self, total: NDArray[np.int64], divisor: float) -> Vector:
+        """total times the grid step over the divisor, float32 [d]; in float64 a chunk at a time."""
+        average = np.empty(len(total), dtype=np.float32)
+        for start in range(0, len(total), CHUNK):
+            chunk = total[start : start + CHUNK].astype(np.float64) * self._plan.secure_aggregation.grid_step
+            with np.errstate(over="ignore"):
+                average[start : start + CHUNK] = chunk / divisor
+        return average
+
+    @staticmethod
+    def _check_finite(vector: Vector) -> None:
+        if not (np.isfinite(vector.min()) and np.isfinite(vector.max())):
+            raise CoordinatorError("the step would make weights that are not finite; it is not taken")
 
     def save(self, path: Path, metadata: dict[str, str]) -> str:
         """Write weights, optimizer state and EMA; returns the file's SHA-256."""
@@ -128,3 +147,9 @@ class GlobalModel:
                 "exp_avg_sq": torch.from_numpy(tensors["adam.exp_avg_sq"].copy()),
             }
         return model
+
+
+def _view(tensor: torch.Tensor) -> Vector:
+    view: Vector = tensor.numpy().view()
+    view.flags.writeable = False
+    return view

@@ -214,7 +214,7 @@ class RoundDriver:
     def _finish(self, attempt: Attempt) -> None:
         survivors = attempt.survivors
         if attempt.task.purpose == "train":
-            self._model.apply(attempt.total, n_survivors=len(survivors))
+            self._model.apply(attempt.take_total(), n_survivors=len(survivors))
             metadata = {"attempt": str(attempt.number), "survivors": ",".join(survivors)}
             self._model.save(self._store.checkpoint_path(self._model.round), metadata)
         else:
@@ -223,7 +223,7 @@ class RoundDriver:
                 "attempt": attempt.number,
                 "run_id": self._run_id,
                 "survivors": list(survivors),
-                "pooled_counts": [int(count) for count in attempt.total],
+                "pooled_counts": [int(count) for count in attempt.take_total()],
             }
             self._write_json("audit.json", record)
         self._keep_receipts(attempt)
@@ -262,7 +262,9 @@ class RoundDriver:
         return GlobalModel(self._plan, flatten(parameters))
 
     def _write_candidate(self) -> str:
-        return write_candidate(self._plan, self._package.prior, self._model.ema, self._store.candidate_path)
+        return write_candidate(
+            self._plan, self._package.prior, self._model.ema.copy(), self._store.candidate_path
+        )
 
     def _collect_verdicts(self) -> tuple[str, ...]:
         """Ask every reachable site for its signed verdict and ledger; keep what verifies."""
@@ -304,7 +306,7 @@ class RoundDriver:
         if reply.kind != VERDICT_REPLY or len(reply.blobs) != 2:
             raise MalformedMessageError(f"{site_id} answered with a {reply.kind!r} in place of a verdict")
         key = self._plan.site(site_id).verify_key
-        verdict, ledger = reply.blobs
+        verdict, ledger = (bytes(blob) for blob in reply.blobs)
         statement = open_verdict(verdict, key=key, what=f"verdict of {site_id}")
         statement.check(self._plan)
         asked = (site_id, request.candidate_sha256, request.run_id, request.attempt)

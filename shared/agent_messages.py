@@ -141,7 +141,7 @@ class Work:
     weights: NDArray[np.float32]
 
     def to_envelope(self) -> Envelope:
-        return Envelope(WORK, self._body(), (self._blob(),))
+        return Envelope(WORK, self._body(), (self._little_endian().tobytes(),))
 
     @classmethod
     def from_envelope(cls, envelope: Envelope, *, dimension: int) -> Work:
@@ -163,7 +163,7 @@ class Work:
 
     def weights_hash(self) -> bytes:
         """32 bytes that stand for exactly these weights."""
-        return digest("lacuna/weights/v1", self._blob())
+        return digest("lacuna/weights/v1", self._little_endian().view(np.uint8).data)
 
     def request_hash(self) -> bytes:
         """32 bytes that stand for everything else of the request."""
@@ -172,8 +172,8 @@ class Work:
     def _body(self) -> dict[str, Any]:
         return {"attempt": self.attempt, "round": self.round, "purpose": self.purpose}
 
-    def _blob(self) -> bytes:
-        return self.weights.astype("<f4").tobytes()
+    def _little_endian(self) -> NDArray[np.float32]:
+        return np.ascontiguousarray(self.weights, dtype="<f4")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -79,17 +79,23 @@ def parse_json(data: bytes, *, what: str, max_bytes: int = MAX_JSON_BYTES) -> An
 
 def framed(domain: str, *parts: bytes) -> bytes:
     """Injective encoding of a domain and a tuple of byte strings: each with its 8-byte length."""
-    encoded = domain.encode("ascii")
-    pieces = [len(encoded).to_bytes(8, "big"), encoded]
-    for part in parts:
-        pieces.append(len(part).to_bytes(8, "big"))
-        pieces.append(bytes(part))
-    return b"".join(pieces)
+    return b"".join(_pieces(domain, parts))
 
 
-def digest(domain: str, *parts: bytes) -> bytes:
+def digest(domain: str, *parts: bytes | memoryview) -> bytes:
     """SHA-256 (32 bytes) of :func:`framed`. ``domain`` names purpose and version: ``lacuna/plan/v1``."""
-    return hashlib.sha256(framed(domain, *parts)).digest()
+    hashed = hashlib.sha256()
+    for piece in _pieces(domain, parts):
+        hashed.update(piece)
+    return hashed.digest()
+
+
+def _pieces(domain: str, parts: tuple[Any, ...]) -> list[bytes | memoryview]:
+    encoded = domain.encode("ascii")
+    pieces: list[bytes | memoryview] = [len(encoded).to_bytes(8, "big"), encoded]
+    for part in parts:
+        pieces += (len(part).to_bytes(8, "big"), part)
+    return pieces
 
 
 def digest_json(domain: str, value: Any) -> bytes:

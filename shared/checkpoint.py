@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,35 +54,45 @@ def save_tensors(path: Path, tensors: Mapping[str, NDArray[Any]], metadata: Mapp
     header: dict[str, Any] = {}
     if metadata:
         header["__metadata__"] = dict(sorted(metadata.items()))
-    chunks: list[bytes] = []
+    arrays: list[NDArray[Any]] = []
     offset = 0
     for name in sorted(tensors):
         array = np.asarray(tensors[name])
         dtype = _NAMES.get(array.dtype.newbyteorder("<") if array.dtype.itemsize > 1 else array.dtype)
         if dtype is None or name == "__metadata__":
             raise UsageError(f"tensor {name!r} of dtype {array.dtype} cannot be saved")
-        data = np.ascontiguousarray(array, dtype=_DTYPES[dtype]).tobytes()
         header[name] = {
             "dtype": dtype,
             "shape": list(array.shape),
-            "data_offsets": [offset, offset + len(data)],
+            "data_offsets": [offset, offset + array.nbytes],
         }
-        chunks.append(data)
-        offset += len(data)
+        arrays.append(array)
+        offset += array.nbytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=True).encode("ascii")
     text += b" " * (-len(text) % 8)
-    payload = b"".join([len(text).to_bytes(8, "little"), text, *chunks])
+    hashed = hashlib.sha256()
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("wb") as file:
-            file.write(payload)
+            for piece in _file_pieces(text, arrays):
+                file.write(piece)
+                hashed.update(piece)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-    return hashlib.sha256(payload).hexdigest()
+    return hashed.hexdigest()
+
+
+def _file_pieces(header: bytes, arrays: list[NDArray[Any]]) -> Iterator[bytes | memoryview]:
+    """A file's bytes, without a second copy of an array that lies in memory as it does in the file."""
+    yield len(header).to_bytes(8, "little")
+    yield header
+    for array in arrays:
+        little_endian = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
+        yield little_endian.reshape(-1).view(np.uint8).data
 
 
 def load_tensors(path: Path, *, max_bytes: int = MAX_FILE_BYTES) -> tuple[Tensors, dict[str, str]]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 from shared.canonical import canonical_json, digest, parse_json
 from shared.errors import MalformedMessageError
@@ -23,6 +23,8 @@ MAX_HEADER_BYTES = 8 * 1024 * 1024
 MAX_BLOBS = 4096
 MAX_FRAME_BYTES = 4 * 1024 * 1024 * 1024
 KIND = re.compile(r"[a-z][a-z0-9_]{0,63}")
+Blob: TypeAlias = bytes | memoryview
+"""Raw bytes. What was read is bytes; what is about to be sent may be a view (of single bytes) of an array."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Envelope:
 
     kind: str
     body: dict[str, Any]
-    blobs: tuple[bytes, ...] = field(default=(), repr=False)
+    blobs: tuple[Blob, ...] = field(default=(), repr=False)
 
     def digest(self, domain: str) -> bytes:
         """32-byte digest over kind, body and all blobs."""
@@ -100,7 +102,7 @@ def to_carried(envelope: Envelope) -> tuple[dict[str, bytes | int], dict[str, by
 
     Empty blobs are left out, because such transports (Flower's arrays) do not carry them.
     """
-    blobs = {str(index): blob for index, blob in enumerate(envelope.blobs) if blob}
+    blobs = {str(index): bytes(blob) for index, blob in enumerate(envelope.blobs) if blob}
     return {"header": encode_header(envelope), "blobs": len(envelope.blobs)}, blobs
 
 

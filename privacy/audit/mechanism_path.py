@@ -170,7 +170,7 @@ class AuditConsortium:
                 continue
             envelope = self._answer(site_id, requests[site_id], shares[site_id])
             reply = UploadReply.from_envelope(envelope)
-            masked[site_id] = from_bytes(reply.masked, self._parameters.modulus_bits)
+            masked[site_id] = from_bytes(b"".join(reply.masked), self._parameters.modulus_bits)
             server.accept(site_id, envelope)
         survivors = server.close_uploads()
         if server.needs_confirmation:

@@ -7,15 +7,29 @@ modulo 2^32 or 2^64. The sum over all sites is right if its every coordinate lie
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from collections.abc import Iterable
 
 import numpy as np
 
-from privacy.secagg.prg import Words, apply_streams
+from privacy.secagg.prg import IntVector, Words, apply_streams, masked_residues
+from shared.wire import Blob
 
-IntVector: TypeAlias = np.ndarray[tuple[int], np.dtype[np.int64]]
+PIECE_BYTES = 4 * 1024 * 1024
+"""A vector travels in pieces of this size (the last one shorter), so that nobody along the way has to hold
+it twice in order to put it together."""
 
-__all__ = ["IntVector", "Words", "apply_streams", "centre", "encode", "from_bytes", "to_bytes", "zeros"]
+__all__ = [
+    "PIECE_BYTES",
+    "IntVector",
+    "Words",
+    "add_pieces",
+    "apply_streams",
+    "centre",
+    "from_bytes",
+    "masked_residues",
+    "to_pieces",
+    "zeros",
+]
 
 _NATIVE: dict[int, np.dtype[np.unsignedinteger]] = {32: np.dtype(np.uint32), 64: np.dtype(np.uint64)}
 _WIRE: dict[int, np.dtype[np.unsignedinteger]] = {32: np.dtype("<u4"), 64: np.dtype("<u8")}
@@ -26,13 +40,6 @@ def zeros(length: int, modulus_bits: int) -> Words:
     return np.zeros(length, dtype=_NATIVE[modulus_bits])
 
 
-def encode(vector: IntVector, modulus_bits: int) -> Words:
-    """Residues (a fresh array) of a 1-D int64 vector modulo 2^modulus_bits."""
-    if vector.dtype != np.dtype(np.int64) or vector.ndim != 1:
-        raise ValueError("a vector to mask is one-dimensional and int64")
-    return vector.astype(_NATIVE[modulus_bits])
-
-
 def centre(residues: Words) -> IntVector:
     """The representatives nearest to zero, in [-2^(bits-1), 2^(bits-1)), as int64."""
     if residues.dtype == np.dtype(np.uint32):
@@ -40,11 +47,22 @@ def centre(residues: Words) -> IntVector:
     return residues.view(np.int64).copy()
 
 
-def to_bytes(residues: Words) -> bytes:
-    """Little-endian bytes: 4 or 8 a coordinate."""
-    return residues.astype(_WIRE[residues.dtype.itemsize * 8], copy=False).tobytes()
-
-
 def from_bytes(data: bytes, modulus_bits: int) -> Words:
     """A read-only view of little-endian bytes. Raises ValueError where the length does not fit."""
     return np.frombuffer(data, dtype=_WIRE[modulus_bits]).astype(_NATIVE[modulus_bits], copy=False)
+
+
+def to_pieces(residues: Words) -> tuple[Blob, ...]:
+    """Little-endian bytes in pieces of PIECE_BYTES: views of the vector on a little-endian machine."""
+    data = residues.astype(_WIRE[residues.dtype.itemsize * 8], copy=False).view(np.uint8).data
+    return tuple(data[start : start + PIECE_BYTES] for start in range(0, len(data), PIECE_BYTES))
+
+
+def add_pieces(total: Words, pieces: Iterable[Blob]) -> None:
+    """Add a vector in pieces to ``total``, in place. The sizes of the pieces add up to the vector's."""
+    place = 0
+    for piece in pieces:
+        words = np.frombuffer(piece, dtype=_WIRE[total.dtype.itemsize * 8])
+        target = total[place : place + len(words)]
+        np.add(target, words, out=target)
+        place += len(words)

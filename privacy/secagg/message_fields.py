@@ -11,7 +11,7 @@ from privacy.secagg.thresholds import MAX_SITES
 from shared.canonical import canonical_json
 from shared.errors import MalformedMessageError
 from shared.identity import SIGNATURE_BYTES
-from shared.wire import Envelope
+from shared.wire import Blob, Envelope
 
 MAX_LEDGER_HEAD_BYTES = 64 * 1024
 _HEX = re.compile(r"(?:[0-9a-f]{2})*")
@@ -90,11 +90,11 @@ def read_ledger_head(value: Any) -> dict[str, Any]:
     return value
 
 
-def split_blob(blob: bytes, count: int, size: int, *, what: str) -> tuple[bytes, ...]:
+def split_blob(blob: Blob, count: int, size: int, *, what: str) -> tuple[bytes, ...]:
     """``count`` pieces of ``size`` bytes, nothing left over."""
     if len(blob) != count * size:
         raise MalformedMessageError(f"{what}: {count * size} bytes expected, not {len(blob)}")
-    return tuple(blob[start : start + size] for start in range(0, count * size, size))
+    return tuple(bytes(blob[start : start + size]) for start in range(0, count * size, size))
 
 
 def same_length(items: Sequence[object], others: Sequence[object], *, what: str) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from privacy.secagg.keys import PUBLIC_BYTES, SEALED_BYTES, SHARE_BYTES
+from privacy.secagg.masking import PIECE_BYTES
 from privacy.secagg.message_fields import (
     exact_fields,
     open_body,
@@ -29,10 +30,11 @@ from privacy.secagg.statements import KeyStatement, ShareStatement
 from shared.canonical import DIGEST_BYTES, canonical_json
 from shared.errors import MalformedMessageError
 from shared.identity import SIGNATURE_BYTES
-from shared.wire import Envelope
+from shared.wire import Blob, Envelope
 
 DEALT_SHARE_BYTES = SEALED_BYTES + 2 * DIGEST_BYTES + SIGNATURE_BYTES
-MAX_MASKED_BYTES = 8 * MAX_COUNTER
+MAX_PIECES = 8 * MAX_COUNTER // PIECE_BYTES
+"""Bound on the blobs of a masked vector: 2^31 words of 8 bytes."""
 ShareKind = Literal["seed", "key"]
 
 
@@ -261,13 +263,19 @@ class UploadRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class UploadReply:
-    """Site to server: the masked vector (little-endian words) and the signed terms."""
+    """Site to server: the masked vector (little-endian words, in pieces) and the signed terms."""
 
     KIND: ClassVar[str] = "secagg_upload_reply"
     attempt: AttemptId
     site_id: str
     signature: bytes
-    masked: bytes = field(repr=False)
+    masked: tuple[Blob, ...] = field(repr=False)
+    """Pieces of PIECE_BYTES, the last one shorter or as long."""
+
+    @property
+    def masked_bytes(self) -> int:
+        """Size of the whole vector."""
+        return sum(len(piece) for piece in self.masked)
 
     def to_envelope(self) -> Envelope:
         body = {
@@ -275,18 +283,23 @@ class UploadReply:
             "site": self.site_id,
             "signature": self.signature.hex(),
         }
-        return Envelope(kind=self.KIND, body=body, blobs=(self.masked,))
+        return Envelope(kind=self.KIND, body=body, blobs=self.masked)
 
     @classmethod
     def from_envelope(cls, envelope: Envelope) -> UploadReply:
-        body = open_body(envelope, cls.KIND, {"attempt", "site", "signature"}, blobs=1)
-        if len(envelope.blobs[0]) > MAX_MASKED_BYTES:
-            raise MalformedMessageError(f"masked vector: more than {MAX_MASKED_BYTES} bytes")
+        pieces = envelope.blobs
+        if not 1 <= len(pieces) <= MAX_PIECES:
+            raise MalformedMessageError(
+                f"masked vector: 1 to {MAX_PIECES} pieces expected, not {len(pieces)}"
+            )
+        if any(len(piece) != PIECE_BYTES for piece in pieces[:-1]) or not 1 <= len(pieces[-1]) <= PIECE_BYTES:
+            raise MalformedMessageError(f"masked vector: each piece but the last has {PIECE_BYTES} bytes")
+        body = open_body(envelope, cls.KIND, {"attempt", "site", "signature"}, blobs=len(pieces))
         return cls(
             attempt=read_attempt(body["attempt"]),
             site_id=read_site(body["site"], what="site"),
             signature=read_signature(body["signature"], what="upload signature"),
-            masked=envelope.blobs[0],
+            masked=pieces,
         )
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from privacy.secagg.keys import WeakKeyError, agree, share_commitment
-from privacy.secagg.masking import Words, from_bytes, zeros
+from privacy.secagg.masking import Words, add_pieces, zeros
 from privacy.secagg.messages import (
     AdvertiseReply,
     ConfirmReply,
@@ -178,13 +178,13 @@ class UploadCollection(Collection):
     def _take(self, site_id: str, reply: UploadReply) -> None:
         length, parameters = self.session.attempt.vector_length, self.session.parameters
         expected = length * parameters.word_bytes
-        if len(reply.masked) != expected:
-            raise self.fault(site_id, FaultReason.WRONG_LENGTH, f"{len(reply.masked)} bytes, not {expected}")
+        if reply.masked_bytes != expected:
+            raise self.fault(site_id, FaultReason.WRONG_LENGTH, f"{reply.masked_bytes} bytes, not {expected}")
         statement = UploadStatement(session=self.session, site_id=site_id, terms=self.terms)
         self._verify(statement, reply.signature)
         if not self.signatures:
             self.total = zeros(length, parameters.modulus_bits)
-        self.total += from_bytes(reply.masked, parameters.modulus_bits)
+        add_pieces(self.total, reply.masked)
         self.signatures[site_id] = reply.signature
 
 

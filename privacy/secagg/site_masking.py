@@ -16,7 +16,7 @@ from privacy.secagg.keys import (
     share_commitment,
     unseal_share,
 )
-from privacy.secagg.masking import IntVector, apply_streams, encode, to_bytes
+from privacy.secagg.masking import IntVector, masked_residues, to_pieces
 from privacy.secagg.messages import DealtShare, KeyAdvertisement, UploadReply, UploadRequest
 from privacy.secagg.reasons import AggregationRefusedError, RefusalReason
 from privacy.secagg.site_state import SiteState
@@ -92,16 +92,15 @@ class SharedState(SiteState):
             weights_hash=request.weights_hash,
             request_hash=request.request_hash,
         ).digest()
-        masked = encode(vector, self.session.parameters.modulus_bits)
         plus, minus = self._mask_keys(peers, terms)
-        apply_streams(masked, plus, minus)
+        masked = masked_residues(vector, self.session.parameters.modulus_bits, plus, minus)
         self.wipe()
         statement = UploadStatement(session=self.session, site_id=self.site_id, terms=terms)
         reply = UploadReply(
             attempt=request.attempt,
             site_id=self.site_id,
             signature=statement.sign(self.key),
-            masked=to_bytes(masked),
+            masked=to_pieces(masked),
         )
         state = UploadedState(
             site_id=self.site_id, key=self.key, session=self.session, peers=peers, terms=terms, held=held

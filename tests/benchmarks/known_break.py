@@ -214,7 +214,7 @@ def our_view() -> tuple[Words, NDArray[np.int64], NDArray[np.int64]]:
         agreed = agree(private, keys[victim].mask_public)
         return pair_mask_key(agreed, terms=terms, first=victim, second=other)
 
-    masked = from_bytes(UploadReply.from_envelope(replies[victim]).masked, 32).copy()
+    masked = from_bytes(b"".join(UploadReply.from_envelope(replies[victim]).masked), 32).copy()
     known = [self_mask_key(session, victim, seed), pair_key(secrets[colluder], colluder)]
     apply_streams(masked, [], known)
     control = masked.copy()

@@ -85,8 +85,9 @@ def test_the_average_starts_at_the_prior() -> None:
 
 def test_callers_cannot_change_the_model_through_what_they_read() -> None:
     model = GlobalModel(PLAN, START)
-    model.weights[:] = 9
-    model.ema[:] = 9
+    for vector in (model.weights, model.ema):
+        with pytest.raises(ValueError, match="read-only"):
+            vector[:] = 9
     np.testing.assert_array_equal(model.weights, START)
     np.testing.assert_array_equal(model.ema, START)
 

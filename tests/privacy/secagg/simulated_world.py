@@ -279,15 +279,15 @@ class World:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Record every key that a site expands, and for which direction: none may come back."""
-        expand: Callable[..., None] = site_masking.apply_streams
+        expand: Callable[..., np.ndarray] = site_masking.masked_residues
 
-        def recorded(vector: np.ndarray, plus: list[bytes], minus: list[bytes]) -> None:
+        def recorded(vector: np.ndarray, bits: int, plus: list[bytes], minus: list[bytes]) -> np.ndarray:
             for key, direction in [(key, "plus") for key in plus] + [(key, "minus") for key in minus]:
                 assert (key, direction) not in self.mask_keys, "a mask is used twice"
                 self.mask_keys.add((key, direction))
-            expand(vector, plus, minus)
+            return expand(vector, bits, plus, minus)
 
-        with patch.object(site_masking, "apply_streams", recorded):
+        with patch.object(site_masking, "masked_residues", recorded):
             yield
 
     def check(self) -> None:

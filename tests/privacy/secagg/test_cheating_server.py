@@ -508,7 +508,7 @@ def test_a_vector_of_another_length_is_our_own_bug_and_changes_nothing(group):
     ):
         with pytest.raises(InternalError):
             site.upload(request, wrong, **hashes)
-    assert len(site.upload(request, group.vector("site-0"), **hashes).masked) == 20
+    assert site.upload(request, group.vector("site-0"), **hashes).masked_bytes == 20
 
 
 def test_secrets_never_show_in_a_repr(group):

@@ -193,7 +193,7 @@ def test_uploads_of_wrong_length_twice_or_late(group):
     replies = {
         name: UploadReply.from_envelope(group.ask(name, request)) for name, request in requests.items()
     }
-    short = replace(replies["site-0"], masked=replies["site-0"].masked[:-4])
+    short = replace(replies["site-0"], masked=(replies["site-0"].masked[0][:-4],))
     unusable(FaultReason.WRONG_LENGTH, server.accept_upload, "site-0", short)
     for name in ("site-1", "site-2", "site-3"):
         server.accept_upload(name, replies[name])

@@ -80,7 +80,7 @@ def test_what_is_determined_is_what_comes_out_of_the_masked_vectors(consortium, 
     vectors, held = {}, Knowledge(3)
     for name, request in server.build_upload_requests(WEIGHTS, WORK).items():
         reply = UploadReply.from_envelope(group.ask(name, request))
-        vectors[name] = np.frombuffer(reply.masked, dtype=np.uint32).copy()
+        vectors[name] = np.frombuffer(b"".join(reply.masked), dtype=np.uint32).copy()
         state = group.sites[name]._open
         held.uploads[name] = Upload(state.peers, state.terms)
         for holder in group.names[:3]:

@@ -145,6 +145,18 @@ def test_each_field_missing_or_unknown_is_refused(consortium, kind):
             parser.from_envelope(Envelope(kind=kind, body=body, blobs=envelope.blobs))
 
 
+def test_a_vector_in_pieces_of_other_sizes_is_refused(consortium, monkeypatch):
+    monkeypatch.setattr("privacy.secagg.messages.PIECE_BYTES", 8)
+    envelope = all_messages(consortium)["secagg_upload_reply"]
+    parse = PARSERS[envelope.kind].from_envelope
+    vector = envelope.blobs[0]
+    pieces = tuple(vector[start : start + 8] for start in range(0, len(vector), 8))
+    assert parse(Envelope(envelope.kind, envelope.body, pieces)).masked_bytes == len(vector)
+    for wrong in ((), (vector,), (*pieces, b""), (pieces[-1], *pieces[:-1]), (vector[:7], vector[7:])):
+        with pytest.raises(MalformedMessageError, match="masked vector"):
+            parse(Envelope(envelope.kind, envelope.body, wrong))
+
+
 def test_ledger_head_is_bounded(consortium):
     envelope = all_messages(consortium)["secagg_advertise_reply"]
     body = json.loads(json.dumps(envelope.body))

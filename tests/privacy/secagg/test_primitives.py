@@ -8,8 +8,17 @@ import numpy as np
 import pytest
 
 from privacy.keystream import Keystream
+from privacy.secagg import prg
 from privacy.secagg.keys import UnsealingError, WeakKeyError, agree, pair_mask_key, seal_share, unseal_share
-from privacy.secagg.masking import apply_streams, centre, encode, from_bytes, to_bytes
+from privacy.secagg.masking import (
+    add_pieces,
+    apply_streams,
+    centre,
+    from_bytes,
+    masked_residues,
+    to_pieces,
+    zeros,
+)
 from privacy.secagg.shamir import combine_shares, split_secret
 
 SECRET = bytes(range(32))
@@ -73,21 +82,52 @@ def test_pair_mask_keys_differ_in_every_input():
 def test_residues_are_centred_and_bytes_are_little_endian(bits):
     edge = 2 ** (bits - 1)
     values = np.array([0, 1, -1, edge - 1, -edge], dtype=np.int64)
-    residues = encode(values, bits)
+    residues = masked_residues(values, bits, [], [])
     np.testing.assert_array_equal(centre(residues), values)
-    assert to_bytes(residues)[bits // 8 : bits // 4] == b"\x01" + bytes(bits // 8 - 1)
-    np.testing.assert_array_equal(from_bytes(to_bytes(residues), bits), residues)
+    assert b"".join(to_pieces(residues))[bits // 8 : bits // 4] == b"\x01" + bytes(bits // 8 - 1)
+    np.testing.assert_array_equal(from_bytes(b"".join(to_pieces(residues)), bits), residues)
 
 
 @pytest.mark.parametrize("bits", [32, 64])
 def test_masks_are_the_keystream_and_cancel(bits, monkeypatch):
     monkeypatch.setattr("privacy.secagg.prg.CHUNK_WORDS", 37)
     values = np.arange(-500, 500, dtype=np.int64)
-    masked = encode(values, bits)
+    masked = masked_residues(values, bits, [], [])
     apply_streams(masked, [b"a" * 32], [b"b" * 32])
     stream = [
         np.frombuffer(Keystream(key * 32).read(1000 * bits // 8), f"<u{bits // 8}") for key in (b"a", b"b")
     ]
-    np.testing.assert_array_equal(masked, encode(values, bits) + stream[0] - stream[1])
+    np.testing.assert_array_equal(masked, masked_residues(values, bits, [], []) + stream[0] - stream[1])
+    np.testing.assert_array_equal(masked, masked_residues(values, bits, [b"a" * 32], [b"b" * 32]))
     apply_streams(masked, [b"b" * 32], [b"a" * 32])
     np.testing.assert_array_equal(centre(masked), values)
+
+
+@pytest.mark.parametrize("bits", [32, 64])
+@pytest.mark.parametrize("length", [64, 1000, 1024, 1025])
+def test_threads_expand_the_same_streams(bits, length, monkeypatch):
+    monkeypatch.setattr(prg, "CHUNK_WORDS", 64)
+    keys = [bytes([index]) * 32 for index in range(5)]
+    values = np.arange(length, dtype=np.int64) - 500
+    expected = masked_residues(values, bits, keys[:3], keys[3:], cores=1)
+    monkeypatch.setattr(prg, "MIN_WORDS_PER_CORE", 1)
+    for cores in (2, 3, 16):
+        np.testing.assert_array_equal(
+            masked_residues(values, bits, keys[:3], keys[3:], cores=cores), expected
+        )
+        masked = expected.copy()
+        apply_streams(masked, keys[3:], keys[:3], cores=cores)
+        np.testing.assert_array_equal(centre(masked), values)
+
+
+@pytest.mark.parametrize("bits", [32, 64])
+def test_vectors_are_added_piece_by_piece(bits, monkeypatch):
+    monkeypatch.setattr("privacy.secagg.masking.PIECE_BYTES", 64)
+    values = np.arange(-50, 51, dtype=np.int64)
+    pieces = to_pieces(masked_residues(values, bits, [], []))
+    assert [len(piece) for piece in pieces[:-1]] == [64] * (len(pieces) - 1)
+    assert sum(len(piece) for piece in pieces) == 101 * bits // 8
+    total = zeros(101, bits)
+    for _ in range(3):
+        add_pieces(total, [bytes(piece) for piece in pieces])
+    np.testing.assert_array_equal(centre(total), 3 * values)

@@ -88,6 +88,8 @@ def test_two_exchanges_a_round_with_riding_keys(consortium):
 
 def test_a_vector_of_many_chunks_and_extreme_values(consortium, monkeypatch):
     monkeypatch.setattr("privacy.secagg.prg.CHUNK_WORDS", 1000)
+    for module in ("masking", "messages"):
+        monkeypatch.setattr(f"privacy.secagg.{module}.PIECE_BYTES", 4096)
     group = consortium(3, length=4321)
     values = {
         name: np.full(4321, (-1) ** index * 700_000_000, dtype=np.int64)

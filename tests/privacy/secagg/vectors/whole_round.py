@@ -248,7 +248,7 @@ def _unused_by_the_server(messages: list[dict[str, str]]) -> list[dict[str, Any]
     reply = UploadReply.from_envelope(decode(bytes.fromhex(messages[before]["reply"])))
     flipped = bytes([reply.signature[0] ^ 1]) + reply.signature[1:]
     cases = [
-        ("a word is missing", replace(reply, masked=reply.masked[:-4]), "wrong_length"),
+        ("a word is missing", replace(reply, masked=(reply.masked[0][:-4],)), "wrong_length"),
         ("another signature", replace(reply, signature=flipped), "bad_signature"),
         ("it speaks for alpha", replace(reply, site_id="alpha"), "other_site"),
         ("another attempt", replace(reply, attempt=replace(reply.attempt, attempt=6)), "other_attempt"),
