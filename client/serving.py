@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 
 from client.agent_service import AgentServer, MutualTls
+from client.commitments import check_room
 from client.patient_dataset import SiteStore
 from client.site_agent import SiteAgent, log_to
 from client.site_home import SiteHome
@@ -69,7 +70,8 @@ def serve_study(
 
     Raises:
         LacunaError: the plan breaks the policy or cannot keep its promise, the ledger is in use or damaged,
-            scans are missing, the address cannot be served.
+            or has no room for the attempts that the plan has left, scans are missing, the address cannot be
+            served.
     """
     package = home.approved_plan(study_id)
     home.policy().check(package.plan, own_site=home.site_id, own_key=home.identity().verify_key)
@@ -77,6 +79,7 @@ def serve_study(
     with ExitStack() as resources:
         resources.callback(log_to(home.study(study_id) / "agent.log"))
         ledger = resources.enter_context(open_ledger(home))
+        check_room(package.plan, policy=home.policy(), entries=ledger.entries())
         _commit_to_site_key(home, study_id, ledger)
         from client.workbench import SiteWorkbench, set_threads
         from privacy.dp.second_accountant import check_planned_epsilon

@@ -28,7 +28,7 @@ from privacy.audit.counts import CountsLayout
 from privacy.audit.verdict import PlantedLeak
 from privacy.audit.verdict_statement import make_verdict_statement, sign_verdict
 from privacy.dp.execution_plan import ExecutionPlan
-from privacy.ledger import Budget, Charge, Ledger, RepeatedAttemptError
+from privacy.ledger import Budget, Charge, Ledger, Purpose, RepeatedAttemptError
 from privacy.ledger_chain import export_statement
 from privacy.ledger_continuity import LedgerContinuity, LedgerNotLinkedError
 from privacy.secagg.messages import (
@@ -38,6 +38,7 @@ from privacy.secagg.messages import (
     UnmaskRequest,
     UploadRequest,
 )
+from privacy.secagg.session import AttemptId
 from privacy.secagg.site_rounds import SiteSecureAggregation
 from privacy.secagg.thresholds import ProtocolParameters
 from privacy.secret_random import SecretRandom
@@ -213,6 +214,7 @@ class SiteAgent:
         match part.kind:
             case AdvertiseRequest.KIND:
                 request = AdvertiseRequest.from_envelope(part)
+                self._check_budget(request.attempt)
                 return self._secagg.advertise(request, self._continuity.show).to_envelope()
             case ShareRequest.KIND:
                 asked = ShareRequest.from_envelope(part)
@@ -234,21 +236,10 @@ class SiteAgent:
         self._check_plan_allows(work, attempt.vector_length)
         hashes = {"weights_hash": work.weights_hash(), "request_hash": work.request_hash()}
         self._secagg.check_upload(request, **hashes)
-        training = work.purpose == "train"
-        privacy = self._plan.privacy
         self._ledger.reserve(
-            Charge(
-                study_id=self._plan.study_id,
-                plan_sha256=self._plan.digest().hex(),
-                run_id=attempt.run_id,
-                purpose=work.purpose,
-                round=work.round,
-                attempt=work.attempt,
-                event=self._execution.training_event() if training else self._execution.audit_event(),
-            ),
-            self._budget,
-            max_attempts=privacy.max_attempts if training else privacy.max_audit_attempts,
+            self._charge(attempt), self._budget, max_attempts=self._max_attempts(attempt.purpose)
         )
+        training = work.purpose == "train"
         self._say("training" if training else "auditing", round=work.round, attempt=work.attempt)
         if training:
             vector = self._workbench.training_vector(work.weights)
@@ -257,6 +248,28 @@ class SiteAgent:
         reply = self._secagg.upload(request, vector, **hashes).to_envelope()
         self._say("uploaded", round=work.round, attempt=work.attempt)
         return reply
+
+    def _check_budget(self, attempt: AttemptId) -> None:
+        """Refuse keys for an attempt that this site could not pay for: no peer computes in vain."""
+        self._ledger.check_affordable(
+            self._charge(attempt), self._budget, max_attempts=self._max_attempts(attempt.purpose)
+        )
+
+    def _charge(self, attempt: AttemptId) -> Charge:
+        training = attempt.purpose == "train"
+        return Charge(
+            study_id=self._plan.study_id,
+            plan_sha256=self._plan.digest().hex(),
+            run_id=attempt.run_id,
+            purpose=attempt.purpose,
+            round=attempt.round,
+            attempt=attempt.attempt,
+            event=self._execution.training_event() if training else self._execution.audit_event(),
+        )
+
+    def _max_attempts(self, purpose: Purpose) -> int:
+        privacy = self._plan.privacy
+        return privacy.max_attempts if purpose == "train" else privacy.max_audit_attempts
 
     def _check_plan_allows(self, work: Work, vector_length: int) -> None:
         training = work.purpose == "train"

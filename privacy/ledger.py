@@ -34,6 +34,7 @@ from privacy.dp.accounting import EpsilonReport, PrivacyEvent, View
 from privacy.ledger_chain import (
     ATTEMPT,
     CHARGE,
+    ENDED,
     GENESIS_HASH,
     OPENED,
     SALT_BYTES,
@@ -41,6 +42,7 @@ from privacy.ledger_chain import (
     LedgerHead,
     check_chain,
     check_seen_head,
+    ended_studies,
     export_statement,
     spent,
 )
@@ -74,7 +76,7 @@ CREATE TRIGGER peer_heads_keep_removed BEFORE DELETE ON peer_heads
 _MAX_BODY_BYTES = 64 * 1024
 _MAX_WITNESS_BYTES = 4096
 _NOTE_KIND = re.compile(r"^[a-z][a-z0-9_-]{0,39}$")
-_RESERVED_KINDS = frozenset({OPENED, CHARGE, ATTEMPT})
+_RESERVED_KINDS = frozenset({OPENED, CHARGE, ATTEMPT, ENDED})
 
 Purpose = Literal["train", "audit"]
 Clock = Callable[[], datetime]
@@ -214,30 +216,18 @@ class Ledger:
             The signed head after the charge.
 
         Raises:
-            BudgetExceededError: the charge would pass the cap or ``max_attempts``; nothing was written.
+            BudgetExceededError: the charge would pass the cap or ``max_attempts``, or the study was ended;
+                nothing was written.
             RepeatedAttemptError: this attempt was charged before; nothing was written.
             LedgerError: it could not be written; nothing may be sent.
         """
         _check_charge(charge)
         self._require_usable()
-        charges = [entry for entry in self._entries if entry.kind == CHARGE]
-        own = [entry for entry in charges if entry.body["study_id"] == charge.study_id]
-        if any(entry.body["attempt"] == charge.attempt for entry in own):
+        if charge.attempt in self.charged_attempts(charge.study_id):
             raise RepeatedAttemptError(
                 f"attempt {charge.attempt} of study {charge.study_id!r} was charged before"
             )
-        used = sum(entry.body["purpose"] == charge.purpose for entry in own)
-        if max_attempts is not None and used >= max_attempts:
-            raise BudgetExceededError(
-                f"study {charge.study_id!r} has used all {max_attempts} of its {charge.purpose} attempts"
-            )
-        if cap.epsilon is not None:
-            total = self.spent(delta=cap.delta, view=cap.view, also=[charge.event])
-            if not total.reported <= cap.epsilon:
-                raise BudgetExceededError(
-                    f"attempt {charge.attempt} of study {charge.study_id!r} would bring this site to epsilon "
-                    f"{total.reported:.4g} at delta {cap.delta:g}; its cap is {cap.epsilon:g}"
-                )
+        self.check_affordable(charge, cap, max_attempts=max_attempts)
         return self._append(
             {
                 "kind": CHARGE,
@@ -250,6 +240,40 @@ class Ledger:
                 "event": charge.event.to_dict(),
             }
         )
+
+    def check_affordable(self, charge: Charge, cap: Budget, *, max_attempts: int | None = None) -> None:
+        """Whether :meth:`reserve` would find room for a charge; writes nothing and promises nothing.
+
+        Raises:
+            BudgetExceededError: the charge would pass the cap or ``max_attempts``, or the study was ended.
+        """
+        if charge.study_id in ended_studies(self._entries):
+            raise BudgetExceededError(f"study {charge.study_id!r} was ended at this site: it has no budget")
+        used = len(self.charged_attempts(charge.study_id, purpose=charge.purpose))
+        if max_attempts is not None and used >= max_attempts:
+            raise BudgetExceededError(
+                f"study {charge.study_id!r} has used all {max_attempts} of its {charge.purpose} attempts"
+            )
+        if cap.epsilon is not None:
+            total = self.spent(delta=cap.delta, view=cap.view, also=[charge.event])
+            if not total.reported <= cap.epsilon:
+                raise BudgetExceededError(
+                    f"attempt {charge.attempt} of study {charge.study_id!r} would bring this site to epsilon "
+                    f"{total.reported:.4g} at delta {cap.delta:g}; its cap is {cap.epsilon:g}"
+                )
+
+    def end_study(self, study_id: str) -> LedgerHead:
+        """Note durably that a study charges nothing any more, so that what it had reserved is free.
+
+        For good: :meth:`reserve` refuses the study from then on.
+
+        Raises:
+            UsageError: it was ended before.
+            LedgerError: it could not be written.
+        """
+        if study_id in ended_studies(self._entries):
+            raise UsageError(f"study {study_id!r} was ended at this site before")
+        return self._append({"kind": ENDED, "study_id": study_id})
 
     def register_attempt(self, study_id: str, attempt: int) -> LedgerHead:
         """Note durably that keys for an attempt are about to leave; numbers only grow (DESIGN section 6, 5).

@@ -26,6 +26,7 @@ from shared.identity import SIGNATURE_BYTES, BadSignatureError, SigningKey, Veri
 OPENED = "opened"
 CHARGE = "charge"
 ATTEMPT = "attempt"
+ENDED = "study-ended"
 
 FORMAT = "lacuna/ledger/v2"
 """Stands in the first entry. Version 1 had no salt in its bodies and hashed them without a digest between."""
@@ -186,6 +187,11 @@ def spent(
         if entry.kind == CHARGE and (study_id is None or entry.body.get("study_id") == study_id)
     ]
     return epsilon([*events, *also], delta, view=view)
+
+
+def ended_studies(entries: Iterable[LedgerEntry]) -> frozenset[str]:
+    """Studies that the site ended: they charge nothing any more."""
+    return frozenset(str(entry.body["study_id"]) for entry in entries if entry.kind == ENDED)
 
 
 def check_chain(entries: Sequence[LedgerEntry], *, key: VerifyKey) -> str:

@@ -174,7 +174,11 @@ def import_scans(
 @click.argument("plan_root", metavar="PLAN", type=PathType)
 @click.option("--out", type=PathType, help="Signed approval, a file for the coordinator.")
 def approve(plan_root: Path, out: Path | None) -> None:
-    """Approve a plan package, if every clause of this site's policy holds."""
+    """Approve a plan package, if every clause of this site's policy holds and its budget has room.
+
+    The plan's whole epsilon is reserved in the site's budget from then on.
+    """
+    from client.commitments import check_room_at
     from privacy.compliance.approvals import approve_plan
     from privacy.dp.execution_plan import check_plan
 
@@ -183,6 +187,7 @@ def approve(plan_root: Path, out: Path | None) -> None:
     key = home.identity()
     home.policy().check(plan, own_site=home.site_id, own_key=key.verify_key)
     check_plan(plan)
+    check_room_at(home, plan)
     _keep_plan(plan_root, plan, private_directory(home.study(plan.study_id)) / "plan")
     epsilon = "infinite" if plan.privacy.epsilon is None else f"{plan.privacy.epsilon:g}"
     click.echo(
@@ -327,18 +332,48 @@ def status(study: str | None, as_json: bool) -> None:
 
 
 @command.command("budget")
+@click.option("--plot", type=PathType, metavar="FILE.png", help="Draw epsilon over rounds.")
 @json_option
-def budget(as_json: bool) -> None:
-    """Privacy spent, reserved and left, for each study and in all."""
+def budget(plot: Path | None, as_json: bool) -> None:
+    """Privacy spent, reserved and left, for each study and in all.
+
+    Reserved is what approved plans may still charge. A study that is over gives it back when it expires, or
+    by `lacuna site end-study`.
+    """
     from client.budget_report import site_budget
 
-    report = site_budget(SiteHome.default())
+    report = site_budget(SiteHome.default(), with_history=as_json or plot is not None)
     if as_json:
         print_json(report.to_dict())
-        return
-    print_table(
-        f"privacy budget of site {report.site_id}, per patient, at delta as in each plan", *report.table()
-    )
+    else:
+        print_table(
+            f"privacy budget of site {report.site_id}: epsilon per patient, at each plan's delta",
+            *report.table(),
+        )
+        click.echo("\n" + "\n".join(report.bars()))
+    if plot is not None:
+        from client.budget_picture import budget_picture
+
+        write_output(plot, budget_picture(report), what="plot", silent=as_json)
+
+
+@command.command("end-study")
+@click.argument("study")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def end_study(study: str, yes: bool) -> None:
+    """End a study at this site for good: it charges nothing any more, and what it had reserved is free.
+
+    What was spent stays spent. Stop the agent first. Verdicts that were not given yet never will be.
+    """
+    from client.serving import open_ledger
+
+    home = SiteHome.default()
+    study_id = _study(home, study)
+    if not yes:
+        click.confirm(f"end study {study_id} at site {home.site_id} for good?", abort=True)
+    with open_ledger(home) as ledger:
+        ledger.end_study(study_id)
+    click.echo(f"study {study_id} is ended at this site; `lacuna site budget` shows what that frees")
 
 
 @command.command("export-ledger")

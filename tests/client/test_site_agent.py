@@ -24,6 +24,8 @@ from client.serving import open_ledger
 from client.site_agent import SiteAgent, log_to
 from client.site_home import SiteHome, init_site
 from privacy.audit.verdict_statement import open_verdict
+from privacy.dp.accounting import epsilon
+from privacy.dp.execution_plan import ExecutionPlan
 from privacy.ledger import Ledger, read_ledger
 from privacy.ledger_chain import CHARGE, read_export
 from privacy.secagg.messages import AdvertiseRequest
@@ -35,7 +37,7 @@ from shared.agent_messages import (
     HelloReply,
     VerdictRequest,
 )
-from shared.errors import LedgerError, PeerError, SiteError, UsageError
+from shared.errors import LedgerError, PeerError, ProtocolRefusedError, SiteError, UsageError
 from shared.wire import Envelope, encode
 
 
@@ -326,23 +328,41 @@ def test_a_workbench_that_fails_stays_charged_and_tells_nothing(
     refused_and_sound(trio, caplog, "site_error", reply, charges=1)
 
 
-def test_a_full_budget_is_refused_before_anything_is_computed(
+def set_cap(trio: Trio, cap: float) -> None:
+    policy = trio.homes[0].policy_path
+    policy.write_text(re.sub("max_total_epsilon = .*", f"max_total_epsilon = {cap}", policy.read_text()))
+    trio.restart(0)
+
+
+def test_a_full_budget_is_refused_before_anybody_computes(
     trio: Trio, caplog: pytest.LogCaptureFixture
 ) -> None:
-    policy = trio.homes[0].policy_path
-    policy.write_text(re.sub("max_total_epsilon = .*", "max_total_epsilon = 0.01", policy.read_text()))
-    trio.restart(0)
-    parts = trio.uploads(trio.set_up())[0]
-    (reply,) = trio.ask(0, *parts)
-    assert reason(reply) == "budget_exhausted"
-    assert trio.benches[0].calls == []
-    assert trio.charges() == []
-    assert "0.01" not in reply.body["message"]
+    """Already when keys are asked for, so that no other site computes, or is charged, in vain."""
+    set_cap(trio, 0.01)
+    _, answers = trio.keys_and_shares()
+    assert reason(answers[0]) == "budget_exhausted"
+    assert "0.01" not in answers[0].body["message"]
     assert any("its cap is 0.01" in record.getMessage() for record in caplog.records)
-    policy.write_text(policy.read_text().replace("= 0.01", "= 16.0"))
-    trio.restart(0)
+    assert trio.status()["reason"] == "budget_exhausted"
+    assert [bench.calls for bench in trio.benches] == [[], [], []]
+    assert [trio.charges(i) for i in range(3)] == [[], [], []]
+    assert trio.ledgers[0].last_registered_attempt(trio.plan.study_id) is None
+    set_cap(trio, 16.0)
     trio.complete()
     assert trio.charges() == [("train", 2)]
+
+
+def test_an_upload_past_the_cap_is_refused_whatever_was_said_when_keys_were_given(
+    trio: Trio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The charge itself is a wall too: here without the check that comes before it."""
+    event = ExecutionPlan.from_study_plan(trio.plan).training_event()
+    set_cap(trio, epsilon([event], trio.plan.privacy.delta).reported * 1.01)
+    monkeypatch.setattr(SiteAgent, "_check_budget", lambda *_: None)
+    trio.complete()
+    (reply,) = trio.ask(0, *trio.uploads(trio.set_up())[0])
+    assert reason(reply) == "budget_exhausted"
+    assert trio.benches[0].calls == ["train"] and trio.charges() == [("train", 1)]
 
 
 def test_no_attempt_beyond_the_plans_number_is_computed(trio: Trio) -> None:
@@ -350,13 +370,21 @@ def test_no_attempt_beyond_the_plans_number_is_computed(trio: Trio) -> None:
     for _ in range(trio.plan.privacy.max_attempts):
         (reply,) = trio.ask(0, *trio.uploads(trio.set_up())[0])
         assert reply.kind != REFUSED
-    (reply,) = trio.ask(0, *trio.uploads(trio.set_up())[0])
-    assert reason(reply) == "budget_exhausted"
+    with pytest.raises(ProtocolRefusedError, match="budget_exhausted"):
+        trio.set_up()
     assert len(trio.benches[0].calls) == trio.plan.privacy.max_attempts == len(trio.charges())
     spent = site_budget(trio.homes[0]).studies[0]
     assert 0 < spent.world.reported < (trio.plan.privacy.epsilon or 0)
     assert spent.all_others_collude.reported > spent.world.reported
     assert (spent.train_attempts, spent.audit_attempts) == (trio.plan.privacy.max_attempts, 0)
+
+
+def test_a_study_that_was_ended_gives_no_keys(trio: Trio) -> None:
+    trio.complete()
+    trio.ledgers[0].end_study(trio.plan.study_id)
+    with pytest.raises(ProtocolRefusedError, match="budget_exhausted"):
+        trio.set_up()
+    assert trio.benches[0].calls == ["train"]
 
 
 def test_a_ledger_that_fails_sends_nothing(trio: Trio, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from known_workbench import KnownWorkbench
 
 from client.serving import open_ledger
-from client.site_agent import SiteAgent
+from client.site_agent import SiteAgent, Workbench
 from client.site_home import SiteHome, init_site
 from privacy.dp.calibration import propose_privacy
 from privacy.ledger import Ledger
@@ -40,7 +40,7 @@ class Consortium:
         for i, home in enumerate(self.homes):
             init_site(home, name=f"site-{i}")
         self.coordinator, self.officer = SigningKey.generate(), SigningKey.generate()
-        self.package = self._sign_plan(rounds, threshold or default_threshold(n, 1))
+        self.package = self.sign_plan(rounds, threshold or default_threshold(n, 1))
         self.plan = self.package.plan
         self.store = StudyStore(root / "coordinator" / self.plan.study_id)
         self.benches: dict[int, KnownWorkbench] = {}
@@ -59,15 +59,19 @@ class Consortium:
         directory = home.study(self.plan.study_id)
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.ledgers[i] = open_ledger(home)
-        self.benches[i] = KnownWorkbench(self.package, directory, i)
         return SiteAgent(
             home=home,
             package=self.package,
             key=home.identity(),
             ledger=self.ledgers[i],
-            workbench=self.benches[i],
+            workbench=self.make_workbench(i, directory),
             entropy=SecretRandom(),
         ).handle
+
+    def make_workbench(self, i: int, directory: Path) -> Workbench:
+        """What computes at site ``i``: known integers here, patients where a subclass says so."""
+        self.benches[i] = KnownWorkbench(self.package, directory, i)
+        return self.benches[i]
 
     def driver(self, run_id: str = "1") -> RoundDriver:
         return RoundDriver(self.transport, self.store, run_id=run_id, pace=PACE)
@@ -77,7 +81,8 @@ class Consortium:
             entry.kind == CHARGE and entry.body["purpose"] == purpose for entry in self.ledgers[i].entries()
         )
 
-    def _sign_plan(self, rounds: int, threshold: int) -> PlanPackage:
+    def sign_plan(self, rounds: int, threshold: int) -> PlanPackage:
+        """The plan package of this consortium, in the coordinator's folder."""
         preset = preset_named("micro")
         folder = self.root / "public"
         denoiser = build_denoiser(preset, n_conditions=2)
