@@ -30,6 +30,7 @@ from client.patient_dataset import SiteStore, StoredScan
 from privacy.dp.patients import PatientScans
 from shared.checkpoint import load_tensors, save_tensors
 from shared.errors import MalformedMessageError, SiteError
+from shared.model.conditioning import ConditionTable
 from shared.volumes.canonical_grid import CanonicalGrid
 
 _FORMAT = "lacuna/latent/v1"
@@ -90,7 +91,7 @@ class LatentCache:
         store: SiteStore,
         scans: Sequence[StoredScan],
         *,
-        conditions: Sequence[str],
+        table: ConditionTable,
         progress: Callable[[str, int, int], None] | None = None,
     ) -> list[PatientScans]:
         """Latents of scans, grouped by patient; missing ones are encoded, each alone.
@@ -101,7 +102,7 @@ class LatentCache:
         Args:
             store: Where the scans are.
             scans: Which ones; for instance ``store.members(share)``.
-            conditions: The plan's, in the plan's order; their positions become ``conditions_S``.
+            table: The plan's; its class indices become ``conditions_S``.
             progress: Called as ("encoding", done, total) after each scan.
 
         Returns:
@@ -126,7 +127,9 @@ class LatentCache:
             PatientScans(
                 patient_key=patient,
                 latents_SCDHW=torch.from_numpy(np.stack([latents[scan.scan_key] for scan in group])),
-                conditions_S=torch.tensor([conditions.index(scan.condition) for scan in group]),
+                conditions_S=torch.tensor(
+                    [table.class_index(scan.condition, dict(scan.covariates)) for scan in group]
+                ),
             )
             for patient, group in groups.items()
         ]

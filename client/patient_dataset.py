@@ -55,6 +55,7 @@ class StoredScan:
         mask_hmac: Keyed hash of the original mask's content (hexadecimal).
         holdout_draw: Number in [0, 1) from the keyed hash of the patient id; held out when below the share.
         label_voxels, lost_label_voxels: See :class:`CanonicalScan`.
+        covariates: (name, value) of the plan's covariates that the scan has, ordered by name.
     """
 
     scan_key: str
@@ -64,6 +65,7 @@ class StoredScan:
     holdout_draw: float
     label_voxels: int
     lost_label_voxels: int
+    covariates: tuple[tuple[str, str], ...] = ()
 
 
 def is_held_out(site_key: bytes, patient_id: str, share: float) -> bool:
@@ -153,11 +155,13 @@ class SiteStore:
             "spacing_mm": [float(step) for step in grid.spacing_mm],
             "intensity_percentiles": [float(share) for share in grid.percentiles],
         }
+        if clause.covariates:
+            value["covariates"] = [covariate.model_dump(mode="json") for covariate in clause.covariates]
         path = self.root / "grid.json"
         if path.exists():
             before = parse_json(path.read_bytes(), what=str(path))
             if canonical_json(before) != canonical_json(value):
-                differ = sorted(key for key in value if before.get(key) != value[key])
+                differ = sorted(key for key in {*value, *before} if before.get(key) != value.get(key))
                 raise StoreError(
                     f"{self.root}: its scans were imported for another plan (other {', '.join(differ)})",
                     remedy="use a store of its own for each study, and import again",
@@ -223,6 +227,8 @@ class SiteStore:
             "label_voxels": str(row.label_voxels),
             "lost_label_voxels": str(row.lost_label_voxels),
         }
+        if row.covariates:
+            metadata["covariates"] = canonical_json(dict(row.covariates)).decode()
         save_tensors(path, {"image": scan.image_DHW, "mask": scan.mask_DHW}, metadata)
         return row
 
@@ -236,6 +242,8 @@ class SiteStore:
             differ.append("patient")
         if stored.condition != entry.condition:
             differ.append("condition")
+        if stored.covariates != tuple(sorted(entry.covariates.items())):
+            differ.append("covariates")
         if stored.mask_hmac != _hmac(self._site_key, "mask", mask_sha256).hex():
             differ.append("mask")
         return ", ".join(differ) or None
@@ -251,6 +259,7 @@ class SiteStore:
             holdout_draw=holdout_draw(self._site_key, entry.patient_id),
             label_voxels=scan.label_voxels,
             lost_label_voxels=scan.lost_label_voxels,
+            covariates=tuple(sorted(entry.covariates.items())),
         )
 
     def _path(self, scan_key: str) -> Path:
@@ -272,6 +281,14 @@ class SiteStore:
                 holdout_draw=float.fromhex(metadata["holdout"]),
                 label_voxels=int(metadata["label_voxels"]),
                 lost_label_voxels=int(metadata["lost_label_voxels"]),
+                covariates=tuple(sorted(_covariates(metadata.get("covariates", "{}")).items())),
             )
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise StoreError(f"{path}: damaged ({error})", remedy="remove it and import again") from error
+
+
+def _covariates(text: str) -> dict[str, str]:
+    value = parse_json(text.encode(), what="covariates")
+    if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
+        raise ValueError("covariates are not names with values")
+    return value

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from client.ingest.quality import Show, check_scan, find_duplicates
 from client.ingest.scan import Problem, ProblemKind, ScanEntry, ScanSource
 from client.patient_dataset import SiteStore, StoredScan
-from shared.errors import SiteError
-from shared.study_plan import DataClause
+from shared.errors import SiteError, UsageError
+from shared.study_plan import CovariateClause, DataClause
 from shared.volumes.canonical_grid import CanonicalGrid, CanonicalScan, to_canonical
 from shared.volumes.nifti import Volume
 
@@ -139,9 +139,10 @@ def import_scans(
 def _check(
     entry: ScanEntry, clause: DataClause, grid: CanonicalGrid, max_lost_share: float, show: Show | None
 ) -> _SoundScan | list[Problem]:
+    entry, faults = keep_covariates(entry, clause.covariates)
     checked = check_scan(entry, n_labels=len(clause.labels), show=show)
-    if isinstance(checked, list):
-        return checked
+    if isinstance(checked, list) or faults:
+        return faults + (checked if isinstance(checked, list) else [])
     scan = to_canonical(checked.image, checked.mask, grid)
     if show is not None:
         image = Volume(voxels_DHW=scan.image_DHW, affine=scan.affine)
@@ -191,6 +192,25 @@ def _add(
         detail = "it changed while it was imported"
         return [Problem(file=scan.entry.name, kind=ProblemKind.CHANGED_FILE, detail=detail)]
     return store.add(scan.entry, to_canonical(checked.image, checked.mask, grid), checked)
+
+
+def keep_covariates(
+    entry: ScanEntry, covariates: Sequence[CovariateClause]
+) -> tuple[ScanEntry, list[Problem]]:
+    """The entry with these covariates alone, empty ones left out; and the values that they do not have."""
+    kept: dict[str, str] = {}
+    faults: list[Problem] = []
+    for covariate in covariates:
+        text = entry.covariates.get(covariate.name, "").strip()
+        if not text:
+            continue
+        try:
+            covariate.row(text)
+            kept[covariate.name] = text
+        except UsageError as error:
+            kind = ProblemKind.UNKNOWN_COVARIATE
+            faults.append(Problem(file=entry.name, kind=kind, detail=error.message))
+    return replace(entry, covariates=kept), faults
 
 
 def _cut_problem(entry: ScanEntry, scan: CanonicalScan, max_lost_share: float) -> Problem | None:

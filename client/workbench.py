@@ -25,6 +25,7 @@ from shared.errors import SiteError
 from shared.home import write_private
 from shared.model.autoencoder import LatentAutoencoder, build_autoencoder
 from shared.model.candidate import load_prior, write_candidate
+from shared.model.conditioning import ConditionTable
 from shared.model.denoiser import assign
 from shared.model.diffusion import timesteps_from_uniform
 from shared.model.presets import preset_named
@@ -101,9 +102,9 @@ class SiteWorkbench:
             grid=CanonicalGrid.from_clause(plan.data),
             device=self._device,
         )
-        share = plan.audit.holdout_share
+        table, share = ConditionTable.from_clause(plan.data), plan.audit.holdout_share
         self.members, self.held_out = (
-            cache.patients(store, scans, conditions=plan.data.conditions, progress=self._progress)
+            cache.patients(store, scans, table=table, progress=self._progress)
             for scans in (store.members(share), store.held_out(share))
         )
         if not self.members:

@@ -10,12 +10,21 @@ from pathlib import Path
 from client.ingest.decathlon import DecathlonFolder, read_patient_list
 from client.ingest.nifti import NiftiFolder
 from client.ingest.quality import CheckedScan, check_scan
-from server.pretrain import PublicVolume, default_recipe, held_out_patients, pretrain, public_phantoms
+from client.scan_import import keep_covariates
+from server.pretrain import (
+    PublicVolume,
+    default_recipe,
+    held_out_patients,
+    pretrain,
+    public_phantoms,
+    recipe_covariates,
+)
 from server.public_calibration import calibrate_public, save_calibration
 from shared.errors import CoordinatorError, UsageError
 from shared.home import private_directory
 from shared.model.presets import preset_named
 from shared.model.shipped import PretrainedPair, shipped_pair
+from shared.study_plan import CovariateClause
 from shared.volumes.canonical_grid import CanonicalGrid, to_canonical
 
 Progress = Callable[[str, int, int], None]
@@ -58,6 +67,7 @@ def train_on(
     preset_name: str,
     conditions: tuple[str, ...],
     labels: tuple[str, ...],
+    covariates: tuple[CovariateClause, ...] = (),
     autoencoder_steps: int | None,
     prior_steps: int | None,
     seed: int,
@@ -71,7 +81,7 @@ def train_on(
     """
     preset = preset_named(preset_name)
     grid = CanonicalGrid(shape=preset.grid_shape, spacing_mm=preset.spacing_mm)
-    volumes = read_public(source, grid, conditions=conditions, labels=labels)
+    volumes = read_public(source, grid, conditions=conditions, labels=labels, covariates=covariates)
     private_directory(folder)
     recipe = default_recipe(preset, seed=seed)
     if autoencoder_steps is not None:
@@ -84,6 +94,7 @@ def train_on(
         volumes=volumes,
         conditions=conditions,
         labels=labels,
+        covariates=covariates,
         out_dir=folder,
         recipe=recipe,
         data_description=f"{len(volumes)} public scans of {len(patients)} patients",
@@ -94,7 +105,12 @@ def train_on(
 
 
 def read_public(
-    source: PublicSource, grid: CanonicalGrid, *, conditions: tuple[str, ...], labels: tuple[str, ...]
+    source: PublicSource,
+    grid: CanonicalGrid,
+    *,
+    conditions: tuple[str, ...],
+    labels: tuple[str, ...],
+    covariates: tuple[CovariateClause, ...] = (),
 ) -> list[PublicVolume]:
     """Public scans on the canonical grid. Raises CoordinatorError naming every problem."""
     if source.nifti is not None:
@@ -114,6 +130,8 @@ def read_public(
     problems = [str(problem) for problem in listing.problems]
     volumes = []
     for entry in listing.entries:
+        entry, faults = keep_covariates(entry, covariates)
+        problems += [str(problem) for problem in faults]
         checked = check_scan(entry, n_labels=len(labels))
         if not isinstance(checked, CheckedScan):
             problems += [str(problem) for problem in checked]
@@ -125,6 +143,7 @@ def read_public(
                 condition=entry.condition,
                 image=scan.image_DHW,
                 mask=scan.mask_DHW,
+                covariates=entry.covariates,
             )
         )
     if problems:
@@ -146,6 +165,7 @@ def _calibrate(
         calibrate_public(
             preset_name=str(recipe["preset"]),
             conditions=[str(name) for name in recipe["conditions"]],
+            covariates=recipe_covariates(recipe),
             labels=[str(name) for name in recipe["labels"]],
             autoencoder_path=pair.autoencoder_path,
             prior_path=pair.prior_path,

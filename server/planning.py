@@ -11,6 +11,7 @@ from privacy.audit.proposal import RECOMMENDED_AUDIT_NOISE, propose_audit
 from privacy.dp.accounting import gaussian_mu
 from privacy.dp.calibration import propose_privacy
 from privacy.dp.execution_plan import check_plan
+from server.pretrain import recipe_covariates
 from server.public_calibration import load_calibration
 from shared.canonical import parse_json
 from shared.errors import CoordinatorError, UsageError
@@ -70,6 +71,7 @@ def draft_plan(choices: PlanChoices, *, roster: RosterClause, public: Path) -> S
     calibration = load_calibration(public)
     preset = preset_named(str(recipe["preset"]))
     conditions = [str(name) for name in recipe["conditions"]]
+    covariates = recipe_covariates(recipe)
     if choices.rare_condition not in conditions:
         raise UsageError(
             f"no condition {choices.rare_condition!r}: the networks know {', '.join(conditions)}"
@@ -78,7 +80,14 @@ def draft_plan(choices: PlanChoices, *, roster: RosterClause, public: Path) -> S
     trainable = choices.trainable or advice.get("trainable") or "all"
     dimension = sum(
         parameter.numel()
-        for _, parameter in parameter_subset(build_denoiser(preset, n_conditions=len(conditions)), trainable)
+        for _, parameter in parameter_subset(
+            build_denoiser(
+                preset,
+                n_conditions=len(conditions),
+                covariate_sizes=[covariate.size for covariate in covariates],
+            ),
+            trainable,
+        )
     )
     clip_norm = choices.clip_norm or advice.get("clip_norm") or float(calibration["gradient_norms"][0])
     learning_rate = choices.server_learning_rate or advice.get("server_learning_rate") or 1e-3
@@ -126,6 +135,7 @@ def draft_plan(choices: PlanChoices, *, roster: RosterClause, public: Path) -> S
                 "labels": [str(name) for name in recipe["labels"]],
                 "grid_shape": list(recipe["grid_shape"]),
                 "spacing_mm": list(choices.spacing_mm or preset.spacing_mm),
+                "covariates": [covariate.model_dump(mode="json") for covariate in covariates],
                 "simulated": choices.simulated,
             },
             "model": {

@@ -15,7 +15,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ from shared.model.training import (
     train_denoiser,
 )
 from shared.model.weights import load_weights, save_weights
+from shared.study_plan import CovariateClause
 from shared.volumes import phantom
 from shared.volumes.intensity import normalise_intensity
 
@@ -58,12 +59,18 @@ class PublicVolume:
         condition: One of the study's conditions.
         image: float32 [D, H, W] in [0, 1], normalised as the sites will normalise theirs.
         mask: uint8 [D, H, W], labels 0 (background) to the number of labels.
+        covariates: Value of each of the study's covariates that is known.
     """
 
     patient_id: str
     condition: str
     image: NDArray[np.float32]
     mask: NDArray[np.uint8]
+    covariates: Mapping[str, str] = field(default_factory=dict)
+
+    def class_index(self, table: ConditionTable) -> int:
+        """The integer of condition and covariates."""
+        return table.class_index(self.condition, self.covariates)
 
 
 WIDE_AUGMENTATION = Augmentation(zoom=(0.9, 1.4), stretch=0.08, shift=0.05)
@@ -117,6 +124,7 @@ def pretrain(
     volumes: Sequence[PublicVolume],
     conditions: Sequence[str],
     labels: Sequence[str],
+    covariates: Sequence[CovariateClause] = (),
     out_dir: Path,
     recipe: PretrainingRecipe,
     data_description: str,
@@ -130,6 +138,7 @@ def pretrain(
         volumes: Public scans, all on one grid that fits the preset.
         conditions: The study's conditions in the plan's order; some may have no public volume.
         labels: Names of mask labels 1, 2, ... in the plan's order.
+        covariates: What else the plan will declare; values without a public volume start as unknown.
         out_dir: Receives the two safetensors files (half precision), ``recipe.json``, and while training
             a resumable state under ``state/``.
         recipe: Schedules, losses, augmentation, public seeds.
@@ -142,7 +151,7 @@ def pretrain(
             that stops being finite.
     """
     started = time.monotonic()
-    table = ConditionTable(tuple(conditions))
+    table = ConditionTable(tuple(conditions), tuple(covariates))
     image_N1DHW, mask_NDHW, condition_N = _stack(volumes, table, len(labels), preset)
     held_out_N = _held_out_rows([volume.patient_id for volume in volumes], recipe.held_out_share)
     image_shape = image_N1DHW.shape[2:]
@@ -176,7 +185,9 @@ def pretrain(
         autoencoder, image_N1DHW[~held_out_N], mask_NDHW[~held_out_N], condition_N[~held_out_N], recipe
     )
     held_out_z = encode_batches(autoencoder, image_N1DHW[held_out_N], mask_NDHW[held_out_N])
-    denoiser = build_denoiser(preset, n_conditions=len(table), seed=recipe.prior.seed).to(device)
+    denoiser = build_denoiser(
+        preset, n_conditions=len(table), covariate_sizes=table.covariate_sizes, seed=recipe.prior.seed
+    ).to(device)
     history = train_denoiser(
         denoiser,
         z_MCDHW,
@@ -192,6 +203,8 @@ def pretrain(
     unseen = [name for name in table.names if counts[name] == 0]
     for name in unseen:
         denoiser.copy_condition(source=most_frequent, target=table.index_of(name))
+    for k, row in _unseen_covariates(table, volumes):
+        denoiser.forget_covariate(covariate=k, row=row)
     prior_path = out_dir / PRIOR_FILE
     header["conditions"] = json.dumps(list(table.names))
     save_weights(denoiser, prior_path, {**header, "network": "prior"}, half=True)
@@ -229,8 +242,22 @@ def pretrain(
         "wall_seconds_of_this_process": round(time.monotonic() - started, 1),
         "sha256": {name: file_sha256(out_dir / name) for name in (AUTOENCODER_FILE, PRIOR_FILE)},
     }
+    if covariates:
+        document["covariates"] = [covariate.model_dump(mode="json") for covariate in covariates]
+        document["covariates_never_seen"] = [
+            f"{covariates[k].name}: {covariates[k].describe(row)}"
+            for k, row in _unseen_covariates(table, volumes)
+        ]
     write_recipe(out_dir / RECIPE_FILE, document)
     return PretrainedPair(autoencoder_path=autoencoder_path, prior_path=prior_path, recipe=document)
+
+
+def recipe_covariates(recipe: Mapping[str, Any]) -> tuple[CovariateClause, ...]:
+    """The covariates that networks were trained with. Raises CoordinatorError if they are not sound."""
+    try:
+        return tuple(CovariateClause.model_validate(value) for value in recipe.get("covariates", []))
+    except (TypeError, ValueError) as error:
+        raise CoordinatorError(f"{RECIPE_FILE}: covariates are not sound: {error}") from error
 
 
 def write_recipe(path: Path, document: dict[str, Any]) -> None:
@@ -346,8 +373,19 @@ def _stack(
             raise CoordinatorError(f"{where}: mask label {volume.mask.max()}, the plan has {n_labels}")
     image_N1DHW = torch.from_numpy(np.stack([volume.image for volume in volumes]).astype(np.float32))[:, None]
     mask_NDHW = torch.from_numpy(np.stack([volume.mask for volume in volumes]).astype(np.uint8))
-    condition_N = torch.tensor([table.index_of(volume.condition) for volume in volumes], dtype=torch.int64)
+    condition_N = torch.tensor([volume.class_index(table) for volume in volumes], dtype=torch.int64)
     return image_N1DHW, mask_NDHW, condition_N
+
+
+def _unseen_covariates(table: ConditionTable, volumes: Sequence[PublicVolume]) -> list[tuple[int, int]]:
+    """(covariate, row) of every value that no public volume has."""
+    seen = {(k, row) for v in volumes for k, row in enumerate(table.covariate_rows(v.class_index(table)))}
+    return [
+        (k, row)
+        for k, size in enumerate(table.covariate_sizes)
+        for row in range(1, size + 1)
+        if (k, row) not in seen
+    ]
 
 
 def held_out_patients(patient_ids: Iterable[str], share: float) -> list[str]:

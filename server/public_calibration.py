@@ -23,11 +23,13 @@ from server.pretrain import PublicVolume
 from shared.errors import CoordinatorError
 from shared.home import write_private
 from shared.model.autoencoder import LatentAutoencoder, build_autoencoder
+from shared.model.conditioning import ConditionTable
 from shared.model.denoiser import build_denoiser, parameter_subset
 from shared.model.presets import preset_named
 from shared.model.sampling import sample_latents
 from shared.model.training import encode_batches
 from shared.model.weights import load_weights
+from shared.study_plan import CovariateClause
 
 CALIBRATION_FILE = "calibration.json"
 UNRELATED_SAMPLES = 64
@@ -39,6 +41,7 @@ def calibrate_public(
     *,
     preset_name: str,
     conditions: Sequence[str],
+    covariates: Sequence[CovariateClause] = (),
     labels: Sequence[str],
     autoencoder_path: Path,
     prior_path: Path,
@@ -63,9 +66,10 @@ def calibrate_public(
     autoencoder = build_autoencoder(preset, n_labels=len(labels))
     load_weights(autoencoder, autoencoder_path)
     autoencoder.eval()
-    prior = build_denoiser(preset, n_conditions=len(conditions))
+    table = ConditionTable(tuple(conditions), tuple(covariates))
+    prior = build_denoiser(preset, n_conditions=len(table), covariate_sizes=table.covariate_sizes)
     load_weights(prior, prior_path)
-    patients = public_patients(autoencoder, volumes, conditions)
+    patients = public_patients(autoencoder, volumes, table)
     fresh = [p for p in patients if unseen is None or p.patient_key in set(unseen)]
     if len(fresh) < 3:
         raise CoordinatorError(
@@ -115,7 +119,7 @@ def calibrate_public(
 
 
 def public_patients(
-    autoencoder: LatentAutoencoder, volumes: Sequence[PublicVolume], conditions: Sequence[str]
+    autoencoder: LatentAutoencoder, volumes: Sequence[PublicVolume], table: ConditionTable
 ) -> list[PatientScans]:
     """Public volumes as latents, grouped by patient."""
     image = torch.from_numpy(np.stack([v.image for v in volumes]).astype(np.float32))[:, None]
@@ -128,7 +132,7 @@ def public_patients(
         PatientScans(
             patient_key=patient,
             latents_SCDHW=z_NCDHW[own],
-            conditions_S=torch.tensor([list(conditions).index(volumes[row].condition) for row in own]),
+            conditions_S=torch.tensor([volumes[row].class_index(table) for row in own]),
         )
         for patient, own in sorted(rows.items())
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -23,6 +23,7 @@ from shared.model.diffusion import diffusion_of
 from shared.model.presets import preset_named
 from shared.model.sampling import sample_latents
 from shared.model.weights import load_weights
+from shared.study_plan import CovariateClause
 from shared.volumes.contact_sheet import contact_sheet
 from shared.volumes.synthetic import (
     Provenance,
@@ -61,6 +62,7 @@ class BundleMetadata(BaseModel):
     conditions: tuple[str, ...] = Field(min_length=1, max_length=1024)
     labels: tuple[str, ...] = Field(min_length=1, max_length=63)
     """Names of mask values 1, 2, ...; 0 is background."""
+    covariates: tuple[CovariateClause, ...] = Field(default=(), max_length=8)
     grid_shape: tuple[Side, Side, Side]
     spacing_mm: tuple[Step, Step, Step]
     sampling_steps: int = Field(ge=1, le=1000)
@@ -79,12 +81,12 @@ class Generator:
     device: str
 
     def sample(
-        self, *, condition: int, first_index: int, count: int, seed: int, steps: int, guidance_scale: float
+        self, *, class_index: int, first_index: int, count: int, seed: int, steps: int, guidance_scale: float
     ) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
         """Samples first_index to first_index + count - 1 of a seed: image_BDHW in [0, 1], mask_BDHW."""
         z_BCDHW = sample_latents(
             self.denoiser,
-            torch.full((count,), condition, dtype=torch.int64, device=self.device),
+            torch.full((count,), class_index, dtype=torch.int64, device=self.device),
             steps=steps,
             guidance_scale=guidance_scale,
             seed=seed,
@@ -162,6 +164,7 @@ def load_generator(bundle_dir: Path, *, device: str = "cpu") -> Generator:
             bundle_dir / DENOISER_FILE,
             preset=metadata.preset,
             n_conditions=len(metadata.conditions),
+            covariate_sizes=[covariate.size for covariate in metadata.covariates],
             trainable=metadata.trained_parameters,
         )
     except MalformedMessageError as error:
@@ -178,6 +181,7 @@ def generate_volumes(
     *,
     bundle_dir: Path,
     condition: str,
+    covariates: Mapping[str, str] | None = None,
     count: int,
     seed: int,
     out_dir: Path,
@@ -197,6 +201,7 @@ def generate_volumes(
     Args:
         bundle_dir: A released bundle.
         condition: One of the study's conditions.
+        covariates: Values of the study's covariates; those that are not named are unknown.
         count: Number of scans, 1 to 1,000,000.
         seed: Public seed, not negative; sample i depends on (seed, i).
         out_dir: Made if it does not exist.
@@ -219,7 +224,9 @@ def generate_volumes(
     if batch_size < 1 or not 1 <= sheet_samples <= MAX_SHEET_SAMPLES:
         raise UsageError(f"batch size {batch_size} (at least 1), sheet of {sheet_samples} (1 to 12)")
     metadata = read_metadata(bundle_dir)
-    row = ConditionTable(metadata.conditions).index_of(condition)
+    covariates = dict(covariates or {})
+    table = ConditionTable(metadata.conditions, metadata.covariates)
+    class_index = table.class_index(condition, covariates)
     steps = metadata.sampling_steps if steps is None else steps
     guidance = metadata.guidance_scale if guidance is None else guidance
     if not 1 <= steps <= 1000 or not 0 <= guidance <= 100:
@@ -229,6 +236,7 @@ def generate_volumes(
         bundle_files_sha256=files_sha256(bundle_dir),
         study_id=metadata.study_id,
         condition=condition,
+        covariates=tuple(sorted(covariates.items())),
         seed=seed,
         sampler=diffusion_of(preset_named(metadata.preset)).sampler,
         steps=steps,
@@ -246,7 +254,7 @@ def generate_volumes(
         if not all(present[first : first + size]):
             generator = generator or load_generator(bundle_dir, device=device)
             image_BDHW, mask_BDHW = generator.sample(
-                condition=row,
+                class_index=class_index,
                 first_index=first,
                 count=size,
                 seed=seed,

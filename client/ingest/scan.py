@@ -6,7 +6,7 @@ Nothing of this leaves the import: an entry has the hospital's own patient id an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
@@ -24,6 +24,7 @@ class ProblemKind(StrEnum):
     NO_MASK = "scan without a mask"
     AMBIGUOUS_MASK = "several masks for one scan"
     UNKNOWN_CONDITION = "unknown condition"
+    UNKNOWN_COVARIATE = "covariate has no such value"
     MISSING_FILE = "missing file"
     UNREADABLE_FILE = "unreadable file"
     CHANGED_FILE = "content is not the one that was listed"
@@ -117,6 +118,7 @@ class ScanEntry:
         image: Where the image is.
         mask: Where the mask is.
         condition: Condition of this scan.
+        covariates: Further properties as the source states them; the import keeps those that the plan names.
     """
 
     patient_id: str
@@ -124,6 +126,7 @@ class ScanEntry:
     image: VolumeSource
     mask: VolumeSource
     condition: str
+    covariates: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

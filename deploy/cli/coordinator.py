@@ -67,6 +67,12 @@ def enrol(request: Path, study_id: str, fingerprint: str) -> None:
 @click.option("--volume-cut", type=float, help="With --decathlon: mm3 below which a scan counts as small.")
 @click.option("--conditions", help="Names of the conditions, separated by commas.")
 @click.option("--labels", help="Names of mask labels 1, 2, ..., separated by commas.")
+@click.option(
+    "--covariate",
+    "covariates",
+    multiple=True,
+    help="Further public property, NAME=VALUE,VALUE,... (numbers are edges of bins); a column of --nifti.",
+)
 @click.option("--autoencoder-steps", type=int, help="Default: by preset.")
 @click.option("--prior-steps", type=int, help="Default: by preset.")
 @click.option("--seed", type=int, default=7, show_default=True)
@@ -82,6 +88,7 @@ def pretrain(
     volume_cut: float | None,
     conditions: str | None,
     labels: str | None,
+    covariates: tuple[str, ...],
     autoencoder_steps: int | None,
     prior_steps: int | None,
     seed: int,
@@ -90,6 +97,7 @@ def pretrain(
     """Make the public autoencoder and prior, from public volumes only. Repeat it to continue."""
     from deploy import public_networks
     from server.coordinator_home import CoordinatorHome
+    from shared.study_plan import parse_covariate
 
     folder = CoordinatorHome.default().study(study_id) / "public"
     with progress_bars() as progress:
@@ -108,6 +116,7 @@ def pretrain(
                 preset_name=preset,
                 conditions=tuple(conditions.split(",")),
                 labels=tuple(labels.split(",")),
+                covariates=tuple(parse_covariate(text) for text in covariates),
                 autoencoder_steps=autoencoder_steps,
                 prior_steps=prior_steps,
                 seed=seed,

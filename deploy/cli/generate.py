@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from deploy.cli.output import progress_bars
+from shared.errors import UsageError
 
 PathType = click.Path(path_type=Path)
 
@@ -14,6 +15,7 @@ PathType = click.Path(path_type=Path)
 @click.command(name="generate")
 @click.argument("bundle", type=PathType)
 @click.option("--condition", required=True, help="One of the study's conditions.")
+@click.option("--covariate", "covariates", multiple=True, help="NAME=VALUE of a covariate of the study.")
 @click.option("--count", type=int, default=8, show_default=True, help="How many scans.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Sample i depends on (seed, i).")
 @click.option("--out", type=PathType, required=True, help="Folder for scans, sidecars and contact sheet.")
@@ -24,6 +26,7 @@ PathType = click.Path(path_type=Path)
 def command(
     bundle: Path,
     condition: str,
+    covariates: tuple[str, ...],
     count: int,
     seed: int,
     out: Path,
@@ -42,6 +45,7 @@ def command(
         report = generate_volumes(
             bundle_dir=bundle,
             condition=condition,
+            covariates=dict(_named_value(text) for text in covariates),
             count=count,
             seed=seed,
             out_dir=out,
@@ -53,3 +57,10 @@ def command(
         )
     click.echo(f"{report.written} written, {report.present} there before, in {out}")
     click.echo(f"contact sheet: {report.contact_sheet}")
+
+
+def _named_value(text: str) -> tuple[str, str]:
+    name, separator, value = text.partition("=")
+    if not separator:
+        raise UsageError(f"covariate {text!r}: write NAME=VALUE")
+    return name.strip(), value.strip()

@@ -441,7 +441,7 @@ class _Verification:
             stated = json.loads(self.need(METADATA))["lacuna"]
         except (ValueError, KeyError, TypeError) as error:
             raise EvidenceError(f"{METADATA}: not the metadata of a release bundle") from error
-        expected = {
+        expected: dict[str, Any] = {
             "study_id": plan.study_id,
             "plan_sha256": plan.digest().hex(),
             "candidate_sha256": self.digests.get(DENOISER),
@@ -462,6 +462,8 @@ class _Verification:
                 "delta": plan.privacy.delta,
             },
         }
+        if plan.data.covariates or "covariates" in stated:
+            expected["covariates"] = [c.model_dump(mode="json") for c in plan.data.covariates]
         faults = [name for name, value in expected.items() if stated.get(name) != value]
         self.add(
             "metadata",

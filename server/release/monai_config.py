@@ -119,6 +119,7 @@ def bundle_metadata(
             "conditions": list(plan.data.conditions),
             "rare_condition": plan.data.rare_condition,
             "labels": list(plan.data.labels),
+            **_covariates(plan),
             "n_labels": n_labels,
             "n_conditions": len(plan.data.conditions),
             "grid_shape": list(plan.data.grid_shape),
@@ -136,6 +137,12 @@ def bundle_metadata(
             **digests,
         },
     }
+
+
+def _covariates(plan: StudyPlan) -> dict[str, Any]:
+    if not plan.data.covariates:
+        return {}
+    return {"covariates": [covariate.model_dump(mode="json") for covariate in plan.data.covariates]}
 
 
 def inference_config(plan: StudyPlan) -> dict[str, Any]:
@@ -162,6 +169,7 @@ def inference_config(plan: StudyPlan) -> dict[str, Any]:
             "_target_": "shared.model.denoiser.build_denoiser",
             "preset": "@preset",
             "n_conditions": len(plan.data.conditions),
+            **({"covariate_sizes": [c.size for c in plan.data.covariates]} if plan.data.covariates else {}),
         },
         "load_autoencoder": {
             "_target_": weights,

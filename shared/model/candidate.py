@@ -6,11 +6,13 @@ for byte, so that a site's verdict names the file that is released and not one t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from shared.model.conditioning import ConditionTable
 from shared.model.denoiser import Denoiser, NamedParameters, assign, build_denoiser, parameter_subset
 from shared.model.presets import preset_named
 from shared.model.weights import load_weights, save_weights
@@ -23,7 +25,11 @@ def load_prior(plan: StudyPlan, prior: Path) -> tuple[Denoiser, NamedParameters]
     Raises:
         UsageError, MalformedMessageError, CoordinatorError: preset or file do not fit.
     """
-    denoiser = build_denoiser(preset_named(plan.model.preset), n_conditions=len(plan.data.conditions))
+    denoiser = build_denoiser(
+        preset_named(plan.model.preset),
+        n_conditions=len(plan.data.conditions),
+        covariate_sizes=ConditionTable.from_clause(plan.data).covariate_sizes,
+    )
     load_weights(denoiser, prior)
     return denoiser, parameter_subset(denoiser, plan.model.trainable)
 
@@ -45,13 +51,18 @@ def load_candidate(plan: StudyPlan, path: Path) -> Denoiser:
         path,
         preset=plan.model.preset,
         n_conditions=len(plan.data.conditions),
+        covariate_sizes=ConditionTable.from_clause(plan.data).covariate_sizes,
         trainable=plan.model.trainable,
     )
 
 
-def load_denoiser(path: Path, *, preset: str, n_conditions: int, trainable: str) -> Denoiser:
+def load_denoiser(
+    path: Path, *, preset: str, n_conditions: int, trainable: str, covariate_sizes: Sequence[int] = ()
+) -> Denoiser:
     """A released denoiser in evaluation mode, from what a bundle's metadata says of it."""
-    denoiser = build_denoiser(preset_named(preset), n_conditions=n_conditions)
+    denoiser = build_denoiser(
+        preset_named(preset), n_conditions=n_conditions, covariate_sizes=covariate_sizes
+    )
     if trainable == "low_rank":
         parameter_subset(denoiser, trainable)
     load_weights(denoiser, path)

@@ -7,6 +7,7 @@ one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -27,23 +28,45 @@ CONDITION_INIT_STD = 0.02
 
 
 class ConditionEmbedding(nn.Module):
-    """Embedding table of the conditions and the null class, times a constant gain."""
+    """Sum of the embeddings of condition and covariates, times a constant gain.
 
-    def __init__(self, n_rows: int, dim: int, gain: float) -> None:
+    Args:
+        n_rows: Conditions and the null class.
+        dim: Length of an embedding.
+        gain: The gain.
+        covariate_sizes: Number of values of each covariate; each has one row more, for unknown.
+    """
+
+    def __init__(self, n_rows: int, dim: int, gain: float, covariate_sizes: tuple[int, ...] = ()) -> None:
         super().__init__()
         self.gain = gain
+        self.n_rows = n_rows
         self.table = nn.Embedding(n_rows, dim)
-        nn.init.normal_(self.table.weight, std=CONDITION_INIT_STD / gain)
+        self.covariate_tables = nn.ModuleList(nn.Embedding(size + 1, dim) for size in covariate_sizes)
+        for table in self._tables():
+            nn.init.normal_(table.weight, std=CONDITION_INIT_STD / gain)
+
+    def _tables(self) -> list[nn.Embedding]:
+        covariates = [table for table in self.covariate_tables if isinstance(table, nn.Embedding)]
+        return [self.table, *covariates]
 
     @torch.no_grad()
     def set_gain(self, gain: float) -> None:
-        """Change the gain and scale the table against it: the same function, another parametrisation."""
-        self.table.weight.mul_(self.gain / gain)
+        """Change the gain and scale the tables against it: the same function, another parametrisation."""
+        for table in self._tables():
+            table.weight.mul_(self.gain / gain)
         self.gain = gain
 
-    def forward(self, condition_B: Tensor) -> Tensor:
-        """Rows of the table, [B, dim]."""
-        rows: Tensor = self.table(condition_B)
+    def forward(self, class_B: Tensor) -> Tensor:
+        """Embeddings of class indices (:mod:`shared.model.conditioning`), [B, dim]."""
+        condition, *covariates = self._tables()
+        if not covariates:
+            rows: Tensor = condition(class_B)
+            return rows * self.gain
+        rows, rest_B = condition(class_B % self.n_rows), class_B // self.n_rows
+        for table in covariates:
+            rows = rows + table(rest_B % table.num_embeddings)
+            rest_B = rest_B // table.num_embeddings
         return rows * self.gain
 
 
@@ -52,15 +75,19 @@ class Denoiser(nn.Module):
 
     Args:
         preset: Architecture.
-        n_conditions: Number of conditions; row ``n_conditions`` of the embedding is the null class.
+        n_conditions: Number of conditions; class index ``n_conditions`` is the null class.
+        covariate_sizes: Number of values of each covariate.
     """
 
-    def __init__(self, preset: ModelPreset, *, n_conditions: int) -> None:
+    def __init__(
+        self, preset: ModelPreset, *, n_conditions: int, covariate_sizes: tuple[int, ...] = ()
+    ) -> None:
         super().__init__()
         if not 1 <= n_conditions <= 1024:
             raise UsageError(f"{n_conditions} conditions: at least 1 and at most 1024")
         self.preset = preset
         self.n_conditions = n_conditions
+        self.covariate_sizes = covariate_sizes
         self.unet = DiffusionModelUNet(
             spatial_dims=3,
             in_channels=preset.latent_channels,
@@ -74,7 +101,7 @@ class Denoiser(nn.Module):
             num_class_embeds=n_conditions + 1,
         )
         self.unet.class_embedding = ConditionEmbedding(
-            n_conditions + 1, preset.denoiser_channels[0] * 4, preset.condition_gain
+            n_conditions + 1, preset.denoiser_channels[0] * 4, preset.condition_gain, covariate_sizes
         )
 
     @property
@@ -88,7 +115,7 @@ class Denoiser(nn.Module):
         return self.n_conditions
 
     def forward(self, z_BCDHW: Tensor, level_B: Tensor, condition_B: Tensor) -> Tensor:
-        """Velocity v_BCDHW at noised latents, noise levels in [0, 1] and condition rows (int64) [B]."""
+        """Velocity v_BCDHW at noised latents, noise levels in [0, 1] and class indices (int64) [B]."""
         velocity: Tensor = self.unet(z_BCDHW, timesteps=level_B * TIMESTEP_SCALE, class_labels=condition_B)
         return velocity
 
@@ -98,12 +125,20 @@ class Denoiser(nn.Module):
         table = self.unet.class_embedding.table.weight
         table[target] = table[source]
 
+    @torch.no_grad()
+    def forget_covariate(self, *, covariate: int, row: int) -> None:
+        """Initialise a covariate's value as unknown: the start for a value never seen in public."""
+        table = self.unet.class_embedding.covariate_tables[covariate].weight
+        table[row] = table[0]
 
-def build_denoiser(preset: ModelPreset, *, n_conditions: int, seed: int = 0) -> Denoiser:
+
+def build_denoiser(
+    preset: ModelPreset, *, n_conditions: int, covariate_sizes: Sequence[int] = (), seed: int = 0
+) -> Denoiser:
     """A freshly initialised denoiser; initialisation depends on the public seed alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Denoiser(preset, n_conditions=n_conditions)
+        return Denoiser(preset, n_conditions=n_conditions, covariate_sizes=tuple(covariate_sizes))
 
 
 PRIVATE_SUBSETS: tuple[str, ...] = ("all", "attention", "conditioning", "low_rank")

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -224,6 +225,18 @@ def timesteps_from_uniform(uniform_B: NDArray[np.float64]) -> NDArray[np.float64
 def drop_condition(condition_B: Tensor, dropped_B: Tensor, *, null_index: int) -> Tensor:
     """Replace the condition by the null class where ``dropped_B`` (bool) says so (Ho and Salimans 2022)."""
     return torch.where(dropped_B, torch.full_like(condition_B, null_index), condition_B)
+
+
+def drop_covariates(
+    class_B: Tensor, dropped_BK: Tensor, *, n_rows: int, covariate_sizes: Sequence[int]
+) -> Tensor:
+    """Make covariates unknown where ``dropped_BK`` (bool) says so, so that each can be left out later."""
+    kept_B, stride = class_B, n_rows
+    for k, size in enumerate(covariate_sizes):
+        row_B = class_B // stride % (size + 1)
+        kept_B = torch.where(dropped_BK[:, k], kept_B - row_B * stride, kept_B)
+        stride *= size + 1
+    return kept_B
 
 
 def _column(values_B: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from shared.checkpoint import load_tensors, save_tensors
 from shared.errors import CoordinatorError, UsageError
 from shared.model.autoencoder import LatentAutoencoder
 from shared.model.denoiser import Denoiser
-from shared.model.diffusion import drop_condition, timesteps_from_normal
+from shared.model.diffusion import drop_condition, drop_covariates, timesteps_from_normal
 from shared.model.weights import load_state_arrays, state_arrays
 
 Progress = Callable[[str, int, int, float], None]
@@ -234,7 +234,7 @@ def train_denoiser(
 
     Args:
         z_NCDHW: Normalised latents of public patients (already augmented).
-        condition_N: Rows of the embedding, int64.
+        condition_N: Class indices, int64.
         held_out_z_MCDHW: Latents of other public patients, never trained on.
         held_out_condition_M: Their conditions.
         evaluations: How often the held-out loss is looked at, evenly over the steps.
@@ -256,6 +256,14 @@ def train_denoiser(
         noise = torch.randn((schedule.batch_size, *shape), generator=generator)
         dropped_B = torch.rand(schedule.batch_size, generator=generator) < schedule.condition_dropout
         condition_B = drop_condition(condition_N[rows], dropped_B, null_index=denoiser.null_index)
+        if denoiser.covariate_sizes:
+            dropped_BK = torch.rand((schedule.batch_size, len(denoiser.covariate_sizes)), generator=generator)
+            condition_B = drop_covariates(
+                condition_B,
+                dropped_BK < schedule.condition_dropout,
+                n_rows=denoiser.n_conditions + 1,
+                covariate_sizes=denoiser.covariate_sizes,
+            )
         batch = (tensor.to(device) for tensor in (z_NCDHW[rows], condition_B, t_B, noise))
         return diffusion.per_sample_loss(denoiser, *batch).mean()
 

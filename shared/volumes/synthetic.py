@@ -40,6 +40,7 @@ class Provenance:
         bundle_files_sha256: :func:`files_sha256` of the bundle as it was used: tells a changed file.
         study_id: Study that the release comes from.
         condition: Name of the condition.
+        covariates: (name, value) of the covariates that were given, ordered by name.
         seed: Public seed; sample i depends on (seed, i).
         sampler: Name of the sampling method.
         steps: Sampling steps.
@@ -56,6 +57,7 @@ class Provenance:
     steps: int
     guidance_scale: float
     labels: tuple[str, ...]
+    covariates: tuple[tuple[str, str], ...] = ()
 
     def stem(self, index: int) -> str:
         """Beginning of the names of sample ``index``'s files."""
@@ -173,6 +175,7 @@ def _sidecar(provenance: Provenance, index: int, *, files: dict[str, str]) -> di
         "bundle_files_sha256": provenance.bundle_files_sha256,
         "study_id": provenance.study_id,
         "condition": provenance.condition,
+        "covariates": dict(provenance.covariates),
         "seed": provenance.seed,
         "sample_index": index,
         "sampler": provenance.sampler,

@@ -15,6 +15,7 @@ from client.latent_cache import LatentCache, LatentError
 from client.patient_dataset import SiteStore
 from client.scan_import import import_scans
 from shared.model.autoencoder import LatentAutoencoder, build_autoencoder
+from shared.model.conditioning import ConditionTable
 from shared.model.presets import PRESETS
 from shared.study_plan import DataClause
 from shared.volumes.canonical_grid import CanonicalGrid
@@ -28,6 +29,7 @@ CLAUSE = DataClause(
     spacing_mm=(6.0, 6.0, 6.0),
 )
 GRID = CanonicalGrid.from_clause(CLAUSE)
+TABLE = ConditionTable.from_clause(CLAUSE)
 SHA_A, SHA_B = "a" * 64, "b" * 64
 
 
@@ -72,7 +74,7 @@ def cache(
 def test_latents_are_those_of_the_scans_grouped_by_patient(store: SiteStore, tmp_path: Path) -> None:
     module = autoencoder()
     scans = store.scans()
-    patients = cache(tmp_path / "cache", module).patients(store, scans, conditions=CLAUSE.conditions)
+    patients = cache(tmp_path / "cache", module).patients(store, scans, table=TABLE)
     assert sum(len(patient.conditions_S) for patient in patients) == len(scans) == module.encoded
     assert [patient.patient_key for patient in patients] == sorted({scan.patient_key for scan in scans})
     assert any(len(patient.conditions_S) > 1 for patient in patients)
@@ -95,11 +97,11 @@ def test_latents_are_computed_once(store: SiteStore, tmp_path: Path) -> None:
     scans = store.scans()
     calls: list[tuple[str, int, int]] = []
     before = cache(tmp_path / "cache", first).patients(
-        store, scans, conditions=CLAUSE.conditions, progress=lambda *call: calls.append(call)
+        store, scans, table=TABLE, progress=lambda *call: calls.append(call)
     )
     assert calls[-1] == ("encoding", len(scans), len(scans))
     second = autoencoder()
-    after = cache(tmp_path / "cache", second).patients(store, scans, conditions=CLAUSE.conditions)
+    after = cache(tmp_path / "cache", second).patients(store, scans, table=TABLE)
     assert second.encoded == 0
     for one, other in zip(before, after, strict=True):
         assert torch.equal(one.latents_SCDHW, other.latents_SCDHW)
@@ -109,11 +111,11 @@ def test_latents_are_computed_once(store: SiteStore, tmp_path: Path) -> None:
 def test_an_interrupted_or_torn_cache_is_completed(store: SiteStore, tmp_path: Path) -> None:
     scans = store.scans()
     first = cache(tmp_path / "cache", autoencoder())
-    first.patients(store, scans[:4], conditions=CLAUSE.conditions)
+    first.patients(store, scans[:4], table=TABLE)
     torn = first.folder / f"{scans[0].scan_key}.safetensors"
     torn.write_bytes(torn.read_bytes()[:-8])
     module = autoencoder()
-    patients = cache(tmp_path / "cache", module).patients(store, scans, conditions=CLAUSE.conditions)
+    patients = cache(tmp_path / "cache", module).patients(store, scans, table=TABLE)
     assert module.encoded == len(scans) - 3
     assert sum(len(patient.conditions_S) for patient in patients) == len(scans)
 
@@ -121,35 +123,35 @@ def test_an_interrupted_or_torn_cache_is_completed(store: SiteStore, tmp_path: P
 def test_another_autoencoder_or_grid_starts_anew(store: SiteStore, tmp_path: Path) -> None:
     scans = store.scans()[:3]
     first = cache(tmp_path / "cache", autoencoder())
-    old = first.patients(store, scans, conditions=CLAUSE.conditions)
+    old = first.patients(store, scans, table=TABLE)
     module = autoencoder(seed=1)
     second = cache(tmp_path / "cache", module, SHA_B)
-    new = second.patients(store, scans, conditions=CLAUSE.conditions)
+    new = second.patients(store, scans, table=TABLE)
     assert module.encoded == 3 and not first.folder.exists()
     assert not torch.allclose(old[0].latents_SCDHW, new[0].latents_SCDHW)
     other_grid = CanonicalGrid(shape=GRID.shape, spacing_mm=GRID.spacing_mm, percentiles=(1.0, 99.0))
     again = autoencoder(seed=1)
-    cache(tmp_path / "cache", again, SHA_B, other_grid).patients(store, scans, conditions=CLAUSE.conditions)
+    cache(tmp_path / "cache", again, SHA_B, other_grid).patients(store, scans, table=TABLE)
     assert again.encoded == 3
 
 
 def test_other_weights_under_the_same_hash_are_refused(store: SiteStore, tmp_path: Path) -> None:
     scans = store.scans()[:2]
-    cache(tmp_path / "cache", autoencoder()).patients(store, scans, conditions=CLAUSE.conditions)
+    cache(tmp_path / "cache", autoencoder()).patients(store, scans, table=TABLE)
     with pytest.raises(LatentError, match="another autoencoder"):
-        cache(tmp_path / "cache", autoencoder(seed=1)).patients(store, scans, conditions=CLAUSE.conditions)
+        cache(tmp_path / "cache", autoencoder(seed=1)).patients(store, scans, table=TABLE)
 
 
 def test_latents_that_are_not_finite_are_refused(store: SiteStore, tmp_path: Path) -> None:
     module = autoencoder()
     module.latent_std_C.zero_()
     with pytest.raises(LatentError, match="not finite"):
-        cache(tmp_path / "cache", module).patients(store, store.scans()[:2], conditions=CLAUSE.conditions)
+        cache(tmp_path / "cache", module).patients(store, store.scans()[:2], table=TABLE)
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
 
 
 def test_only_the_owner_can_look_and_no_patient_is_named(store: SiteStore, tmp_path: Path) -> None:
-    cache(tmp_path / "cache", autoencoder()).patients(store, store.scans(), conditions=CLAUSE.conditions)
+    cache(tmp_path / "cache", autoencoder()).patients(store, store.scans(), table=TABLE)
     assert stat.S_IMODE((tmp_path / "cache").stat().st_mode) == 0o700
     for path in (tmp_path / "cache").rglob("*.safetensors"):
         assert b"P0000" not in path.read_bytes() and "P0000" not in path.name
@@ -159,10 +161,8 @@ def test_a_latent_depends_on_its_own_scan_alone(store: SiteStore, tmp_path: Path
     """To the last bit: what one patient contributes must not change with who else is in the store."""
     module = autoencoder()
     scans = store.scans()
-    together = cache(tmp_path / "all", module).patients(store, scans, conditions=CLAUSE.conditions)
+    together = cache(tmp_path / "all", module).patients(store, scans, table=TABLE)
     for patient in together:
         own = [scan for scan in scans if scan.patient_key == patient.patient_key]
-        (alone,) = cache(tmp_path / patient.patient_key, module).patients(
-            store, own, conditions=CLAUSE.conditions
-        )
+        (alone,) = cache(tmp_path / patient.patient_key, module).patients(store, own, table=TABLE)
         assert torch.equal(alone.latents_SCDHW, patient.latents_SCDHW)
