@@ -8,6 +8,8 @@ import signal
 import stat
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ import pytest
 
 from client.ingest.nifti import NiftiFolder
 from client.ingest.phantoms import write_phantom_folder
+from client.ingest.scan import Listing
 from client.patient_dataset import SiteStore, StoreError, holdout_draw, is_held_out
 from client.scan_import import import_scans
 from shared.errors import UsageError
@@ -106,6 +109,37 @@ def test_the_site_key_is_made_once_and_committed_to(store: SiteStore, tmp_path: 
         SiteStore.open(tmp_path / "nowhere")
 
 
+class _Told:
+    """A source that knows more of its scans than the plan asks for."""
+
+    def __init__(self, folder: Path, covariates: dict[str, str]) -> None:
+        self.folder, self.covariates = NiftiFolder(path=folder), covariates
+
+    def listing(self, conditions: Sequence[str]) -> Listing:
+        listing = self.folder.listing(conditions)
+        told = tuple(replace(entry, covariates=self.covariates) for entry in listing.entries)
+        return replace(listing, entries=told)
+
+
+def test_the_plans_covariates_come_along_and_no_others(folder: Path, store: SiteStore) -> None:
+    clause = DataClause.model_validate(
+        {
+            **CLAUSE.model_dump(),
+            "covariates": [{"name": "sex", "values": ["f", "m"]}, {"name": "age", "edges": [40]}],
+        }
+    )
+    import_scans(_Told(folder, {"sex": "f", "age": " ", "ward": "secret-7"}), store, clause)
+    assert {scan.covariates for scan in store.scans()} == {(("sex", "f"),)}
+    assert not any(b"secret-7" in path.read_bytes() for path in store.root.rglob("*.safetensors"))
+    again = import_scans(_Told(folder, {"sex": "f"}), store, clause)
+    assert len(again.present) == len(store.scans()) and again.problems == ()
+    for other, words in (({"sex": "x"}, "none of f, m"), ({"sex": "m"}, "other covariates")):
+        problems = import_scans(_Told(folder, other), store, clause).problems
+        assert len(problems) == len(store.scans()) and all(words in p.detail for p in problems)
+    with pytest.raises(StoreError, match="other covariates"):
+        import_scans(NiftiFolder(path=folder), store, CLAUSE)
+
+
 def test_members_and_held_out_split_patients_and_not_scans(folder: Path, store: SiteStore) -> None:
     import_scans(NiftiFolder(path=folder), store, CLAUSE)
     members, held_out = store.members(0.4), store.held_out(0.4)
@@ -151,6 +185,7 @@ _IMPORT = """
 import sys, time
 from pathlib import Path
 from client.ingest.nifti import NiftiFolder
+from client.ingest.scan import Listing
 from client.patient_dataset import SiteStore
 from client.scan_import import import_scans
 from shared.study_plan import DataClause

@@ -18,6 +18,7 @@ from server.pretrain import (
     pretrain,
     pretrain_micro,
     public_phantoms,
+    recipe_covariates,
 )
 from shared.errors import CoordinatorError, UsageError
 from shared.model.denoiser import build_denoiser
@@ -25,6 +26,7 @@ from shared.model.presets import PRESETS, preset_named
 from shared.model.shipped import PretrainedPair, read_pair
 from shared.model.training import TrainingSchedule
 from shared.model.weights import load_weights
+from shared.study_plan import parse_covariate
 
 SMALL = replace(preset_named("micro"), autoencoder_channels=(8, 8), denoiser_channels=(8, 8), head_channels=8)
 RECIPE = PretrainingRecipe(
@@ -69,6 +71,31 @@ def test_it_writes_a_pair_that_reads_back_with_its_recipe(
     load_weights(denoiser, pair.prior_path)
     table = denoiser.unet.class_embedding.table.weight
     assert torch.equal(table[0], table[1]) and not torch.equal(table[0], table[2])
+
+
+def test_covariates_are_learned_and_values_never_seen_start_as_unknown(
+    tmp_path: Path, volumes: list[PublicVolume]
+) -> None:
+    covariates = (parse_covariate("field=low,high,mobile"), parse_covariate("age=40,60"))
+    told = [
+        replace(volume, covariates={"field": ("low", "high")[row % 2], "age": str(30 + 20 * (row % 2))})
+        for row, volume in enumerate(volumes)
+    ]
+    pair = _pretrain(tmp_path, told, covariates=covariates)
+    assert recipe_covariates(pair.recipe) == covariates
+    assert pair.recipe["covariates_never_seen"] == ["field: mobile", "age: from 60"]
+    denoiser = build_denoiser(SMALL, n_conditions=2, covariate_sizes=(3, 3))
+    load_weights(denoiser, pair.prior_path)
+    field, age = (table.weight for table in denoiser.unet.class_embedding.covariate_tables)
+    assert torch.equal(field[3], field[0]) and torch.equal(age[3], age[0])
+    assert not torch.equal(field[1], field[0]) and not torch.equal(field[1], field[2])
+    with pytest.raises(UsageError, match="field: 'huge' is none of"):
+        _pretrain(tmp_path, [replace(told[0], covariates={"field": "huge"}), *told], covariates=covariates)
+
+
+def test_a_prior_by_v_prediction(tmp_path: Path, volumes: list[PublicVolume]) -> None:
+    pair = _pretrain(tmp_path, volumes, preset=replace(SMALL, diffusion="v_prediction", noise_shift=1.5))
+    assert [step for step, _ in pair.recipe["prior_held_out_loss"]["by_step"]] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_killed_run_resumes_to_the_same_files(tmp_path: Path, volumes: list[PublicVolume]) -> None:
