@@ -99,6 +99,22 @@ def epsilon_lower_bound(
     return max(candidates)
 
 
+def mu_lower_bound(
+    true_positives: int, n_members: int, false_positives: int, n_held_out: int, *, error: float
+) -> float:
+    """mu of a Gaussian mechanism that the same counts prove: at least 0.
+
+    TPR <= Phi(Phi^-1(FPR) + mu) [4], with exact bounds on both rates, half of ``error`` for each (Nasr et
+    al., USENIX Security 2023, section 4). It is its own mirror image. ``gaussian_epsilon`` makes an epsilon
+    of it, larger than that of :func:`epsilon_lower_bound`, and true of Gaussian mechanisms only.
+    """
+    tpr = clopper_pearson(true_positives, n_members, error=error / 2)
+    fpr = clopper_pearson(false_positives, n_held_out, error=error / 2)
+    if tpr.low <= fpr.high:
+        return 0.0
+    return float(stats.norm.ppf(tpr.low) - stats.norm.ppf(fpr.high))
+
+
 def auc(members: ArrayLike, held_out: ArrayLike) -> float:
     """P(member's score > held-out score) + half the ties: the Mann-Whitney estimate.
 
