@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+from collections.abc import Mapping
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Annotated, Literal
@@ -217,6 +218,37 @@ class SitePolicy(BaseModel):
         else:
             value["peers"] = {**self.peers, name: fingerprint}
         return _validated(value, what=f"pin of {name!r}")
+
+    def pins(self) -> dict[str, str]:
+        """Every pinned fingerprint by name, ``coordinator`` and ``officer`` among them."""
+        known = {"coordinator": self.coordinator_fingerprint, "officer": self.officer_fingerprint}
+        return {**{name: value for name, value in known.items() if value is not None}, **self.peers}
+
+    def pinned_together(
+        self, wanted: Mapping[str, str], *, own: tuple[str, str | None], writer: str
+    ) -> tuple[SitePolicy, frozenset[str]]:
+        """A copy with the pins of a sheet, and the names that are new; nothing is ever replaced.
+
+        Args:
+            own: This site's fingerprint, and what the sheet says it is (None: nothing).
+            writer: Of the sheet, for the error.
+
+        Raises:
+            RefusedError: the sheet contradicts a pin, or gives this site another key.
+        """
+        pins = self.pins()
+        wrong = [name for name, value in wanted.items() if pins.get(name, value) != value]
+        if own[1] not in (None, own[0]):
+            wrong.append("this site itself")
+        if wrong:
+            raise RefusedError(
+                f"the sheet of {writer} contradicts what is pinned here for: {', '.join(sorted(wrong))}",
+                remedy="find out by telephone who is right; lacuna site pin NAME SHA256:... changes a pin",
+            )
+        policy = self
+        for name, value in wanted.items():
+            policy = policy.pinned(name, value)
+        return policy, frozenset(wanted) - frozenset(pins)
 
     def changed(self, change: str) -> SitePolicy:
         """A copy with one clause changed, ``key=value`` with the value as TOML. Raises InvalidPolicyError."""

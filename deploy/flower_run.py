@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from deploy.flower_commands import flower_answer, flower_executable
 from server.coordinator_home import CoordinatorHome
@@ -23,13 +24,38 @@ def submit_study(study_id: str, *, flwr_home: Path, connection: str) -> str:
         UsageError: there is no ``config.toml`` in ``flwr_home``.
         CoordinatorError: no such study, no signed plan, or Flower's words if it refuses.
     """
+    check_connection(flwr_home, connection)
+    study_home = CoordinatorHome.default().study(study_id)
+    StudyStore(study_home).package()
+    answer = run_flower(
+        flwr_home,
+        connection,
+        "run",
+        str(FLOWER_APP),
+        connection,
+        "--run-config",
+        f"study-home={json.dumps(str(study_home))}",
+    )
+    return str(answer["run-id"])
+
+
+def check_connection(flwr_home: Path, connection: str) -> None:
+    """Raises UsageError: there is no ``config.toml`` in ``flwr_home``."""
     if not (flwr_home / "config.toml").is_file():
         raise UsageError(
             f"{flwr_home} holds no config.toml",
             remedy=f'write one with [superlink.{connection}] address = "..." and root-certificates = "..."',
         )
-    study_home = CoordinatorHome.default().study(study_id)
-    StudyStore(study_home).package()
+
+
+def run_flower(flwr_home: Path, connection: str, *arguments: str) -> dict[str, Any]:
+    """``flwr ARGUMENTS --format json`` as the operator of a SuperLink, and its answer.
+
+    Raises:
+        UsageError: there is no ``config.toml`` in ``flwr_home``.
+        CoordinatorError: Flower's words if it refuses.
+    """
+    check_connection(flwr_home, connection)
     environment = {
         **{name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")},
         "FLWR_HOME": str(flwr_home),
@@ -38,20 +64,11 @@ def submit_study(study_id: str, *, flwr_home: Path, connection: str) -> str:
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
     }
     process = subprocess.Popen(
-        [
-            flower_executable("flwr"),
-            "run",
-            str(FLOWER_APP),
-            connection,
-            "--run-config",
-            f"study-home={json.dumps(str(study_home))}",
-            "--format",
-            "json",
-        ],
+        [flower_executable("flwr"), *arguments, "--format", "json"],
         env=environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-    return str(flower_answer(process)["run-id"])
+    return flower_answer(process)

@@ -31,10 +31,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from deploy.consortium_keys import NodeKey, ServerCertificate, make_node_key, make_server_certificate
+from deploy.consortium_keys import ServerCertificate, make_server_certificate
 from deploy.flower_commands import FlowerCommands, flower_answer, flower_executable
 from deploy.supervised import RunningProcess, SupervisedProcesses
 from shared.errors import CoordinatorError, SiteError
+from shared.node_keys import NodeKey, make_node_key
 
 FLOWER_APP = Path(__file__).parent / "flower_app"
 CONNECTION = "lacuna"

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from server.authority import CERTIFICATE_DAYS, CertificateAuthority
 from server.study_store import coordinator_root
 from shared.canonical import canonical_json, parse_json
 from shared.enrolment import EnrolmentRequest, check_name, open_request
 from shared.errors import CoordinatorError, RefusedError
 from shared.home import private_directory, write_private
 from shared.identity import SigningKey
+from shared.site_certificate import SiteCertificate
 from shared.study_plan import MAX_SITES, RosterClause, SiteEntry
 
 
@@ -43,7 +45,14 @@ class CoordinatorHome:
     def studies(self) -> list[str]:
         if not self.root.is_dir():
             return []
-        return sorted(path.name for path in self.root.iterdir() if path.is_dir())
+        return sorted(
+            path.name for path in self.root.iterdir() if path.is_dir() and not path.name.startswith(".")
+        )
+
+    @property
+    def authority(self) -> CertificateAuthority:
+        """Certificates of the sites' perimeters; may not be set up."""
+        return CertificateAuthority(self.root)
 
     def key(self) -> SigningKey:
         if not self.key_path.exists():
@@ -108,6 +117,24 @@ class CoordinatorHome:
             sites[request.name] = key
         write_private(self.study(study_id) / "enrolled.json", canonical_json(enrolled))
         return request
+
+    def certify(self, request_bytes: bytes, *, days: int = CERTIFICATE_DAYS) -> SiteCertificate:
+        """A certificate for a site that is enrolled in a study here: its first one, or the next.
+
+        The request is signed by the identity that was enrolled, so there is nothing to compare again.
+
+        Raises:
+            RefusedError: nobody of that name is enrolled with that key, or the site was revoked.
+        """
+        request = open_request(request_bytes)
+        if not any(
+            self.enrolled(study)["sites"].get(request.name) == request.key.hex() for study in self.studies()
+        ):
+            raise RefusedError(
+                f"no site {request.name!r} with key {request.key.fingerprint} is enrolled here",
+                remedy="lacuna coordinator enrol REQUEST --study STUDY --fingerprint SHA256:...",
+            )
+        return self.authority.issue(request, days=days)
 
     def enrolled(self, study_id: str) -> dict[str, Any]:
         """``{"sites": {site_id: key}, "officer": key or None}``."""

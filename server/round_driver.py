@@ -26,6 +26,7 @@ from privacy.dp.execution_plan import check_plan
 from privacy.ledger_chain import read_export
 from privacy.ledger_continuity import ShownLedger
 from server.attempt import Attempt, AttemptAbortedError, AttemptTask
+from server.authority import CertificateAuthority
 from server.exchange import Exchanger, Pace
 from server.global_model import GlobalModel
 from server.site_directory import SiteDirectory
@@ -95,6 +96,7 @@ class RoundDriver:
             if prepared is None:
                 prepared = self._set_up(task)
             following = self._next_task(ahead=1)
+            self._leave_out_revoked_sites()
             self._look_for_missing_sites()
             attempt, prepared = prepared, None
             attempt.task.weights = self._weights_for(task)
@@ -121,6 +123,12 @@ class RoundDriver:
         self._directory.collect(clock=self._clock)
         if self._directory.missing():
             self._directory.probe(timeout_s=self._pace.hello_s, clock=self._clock)
+
+    def _leave_out_revoked_sites(self) -> None:
+        """What the coordinator revoked takes part in nothing any more; read anew before every attempt."""
+        revoked = CertificateAuthority(self._store.root.parent).revoked_identities()
+        for site in self._directory.exclude(revoked):
+            self._event("site_revoked", site=site)
 
     # what comes next
 
@@ -154,6 +162,7 @@ class RoundDriver:
         deadline = self._clock() + self._pace.quorum_s
         waiting_said = False
         while True:
+            self._leave_out_revoked_sites()
             self._directory.drop_lost_nodes()
             if self._directory.missing():
                 self._directory.search(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from server.transport import Transport
 from shared.agent_messages import Hello, HelloReply
@@ -30,6 +30,7 @@ class SiteDirectory:
         self._run_id = run_id
         self._node_of: dict[str, int] = {}
         self._probes: dict[str, tuple[int, Hello, float]] = {}
+        self._excluded: frozenset[str] = frozenset()
         self.last_attempt = 0
 
     @property
@@ -44,8 +45,22 @@ class SiteDirectory:
         """Until it answers another hello, the site is not asked for anything."""
         self._node_of.pop(site_id, None)
 
+    def exclude(self, identity_keys: Collection[str]) -> tuple[str, ...]:
+        """Leave revoked sites out from now on, whatever they answer. Returns the site ids that are new."""
+        excluded = frozenset(s.site_id for s in self._plan.roster.sites if s.identity_key in identity_keys)
+        fresh = tuple(sorted(excluded - self._excluded))
+        self._excluded = excluded
+        for site_id in excluded:
+            self.forget(site_id)
+        return fresh
+
     def missing(self) -> tuple[str, ...]:
-        return tuple(s.site_id for s in self._plan.roster.sites if s.site_id not in self._node_of)
+        """Sites without a node that may take part."""
+        return tuple(
+            s.site_id
+            for s in self._plan.roster.sites
+            if s.site_id not in self._node_of and s.site_id not in self._excluded
+        )
 
     def drop_lost_nodes(self) -> None:
         """Forget sites whose node is not connected any more."""
@@ -93,6 +108,8 @@ class SiteDirectory:
             return
         if answer.last_attempt > MAX_PLAUSIBLE_ATTEMPT:
             # Numbers only grow: a site that claims the largest one would end the study for everybody.
+            return
+        if answer.site_id in self._excluded:
             return
         self._node_of[answer.site_id] = node
         self.last_attempt = max(self.last_attempt, answer.last_attempt)

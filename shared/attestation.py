@@ -111,6 +111,19 @@ def open_statement(data: bytes, *, key: VerifyKey, predicate_type: str, what: st
     return Statement(predicate_type=predicate_type, subjects=subjects, predicate=predicate)
 
 
+def claimed_signer(data: bytes, *, what: str, max_bytes: int = MAX_ATTESTATION_BYTES) -> VerifyKey:
+    """The key that an envelope says it is signed by; nothing is verified yet.
+
+    Raises:
+        MalformedMessageError: not an envelope with a signature.
+    """
+    envelope = parse_json(data, what=what, max_bytes=max_bytes)
+    try:
+        return VerifyKey.from_hex(envelope["signatures"][0]["keyid"])
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise MalformedMessageError(f"{what}: not a DSSE envelope") from error
+
+
 def _verifies(entry: Any, key: VerifyKey, encoded: bytes, what: str) -> bool:
     if not isinstance(entry, dict) or entry.get("keyid") != key.hex():
         return False

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from deploy.cli.coordinator_network import add_network_commands
 from deploy.cli.output import (
     console,
     json_option,
@@ -47,13 +48,18 @@ def init(study_id: str) -> None:
 @click.argument("request", type=PathType)
 @study_option
 @click.option("--fingerprint", required=True, help="Read to you by the site or officer, not from the file.")
-def enrol(request: Path, study_id: str, fingerprint: str) -> None:
-    """Enrol a site or the officer."""
+@click.option("--out", type=PathType, help="Certificate for the site (init-network first).")
+def enrol(request: Path, study_id: str, fingerprint: str, out: Path | None) -> None:
+    """Enrol a site or the officer; with --out, sign the certificate of the site's perimeter too."""
     from server.coordinator_home import CoordinatorHome
+    from shared.site_certificate import sign_certificate
 
+    home = CoordinatorHome.default()
     data = read_input(request, what="enrolment request")
-    enrolled = CoordinatorHome.default().enrol(study_id, data, fingerprint=fingerprint)
+    enrolled = home.enrol(study_id, data, fingerprint=fingerprint)
     click.echo(f"enrolled {enrolled.role} {enrolled.name}: {enrolled.key.fingerprint}")
+    if out is not None:
+        write_output(out, sign_certificate(home.certify(data), home.key()), what="certificate for the site")
 
 
 @command.command("pretrain")
@@ -466,3 +472,6 @@ def compare(
         f"difference {result.difference_mm3:+.0f} mm3, 95% interval {result.low:+.0f} to {result.high:+.0f}"
         + ("" if result.excludes_zero else " (contains zero)")
     )
+
+
+add_network_commands(command)

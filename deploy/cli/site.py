@@ -21,6 +21,7 @@ from deploy.cli.output import (
     read_input,
     write_output,
 )
+from deploy.cli.site_network import add_network_commands
 from shared.errors import RefusedError, SiteError, UsageError
 from shared.home import private_directory, write_private
 from shared.plan_package import PACKAGE_FILES, open_plan_package
@@ -65,18 +66,6 @@ def init(name: str) -> None:
     click.echo(f"site {name} is set up in {home.root}")
     click.echo(f"fingerprint: {home.identity().verify_key.fingerprint}")
     click.echo(f"policy, to be read and edited: {home.policy_path}")
-
-
-@command.command("request")
-@click.option("--out", type=PathType, required=True, help="File for the coordinator.")
-def request(out: Path) -> None:
-    """Write the enrolment request for the coordinator. It holds the public key alone."""
-    from shared.enrolment import make_request
-
-    home = SiteHome.default()
-    data = make_request(role="site", name=home.site_id, key=home.identity())
-    write_output(out, data, what="enrolment request")
-    click.echo(f"read this fingerprint to the coordinator: {home.identity().verify_key.fingerprint}")
 
 
 @command.command("pin")
@@ -444,3 +433,6 @@ def approve_release(decision: Path, out: Path, study: str | None) -> None:
     data = read_input(decision, what="gate decision")
     approval = approve_decision(data, plan=plan, key=home.identity(), role="site", site_id=home.site_id)
     write_output(out, approval, what="approval")
+
+
+add_network_commands(command)

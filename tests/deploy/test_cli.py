@@ -94,6 +94,15 @@ WRONG: list[tuple[str, int | None, str]] = [
     ("site init --name Bad_Name", 2, "is not a name"),
     ("site request --out r.json", 10, "no site is set up"),
     ("site policy", 10, "cannot be read"),
+    ("site install-certificate missing", 2, "cannot be read"),
+    ("site export-sheet --out s.json", 10, "no site is set up|cannot be read"),
+    ("site import-sheet missing --fingerprint f", 2, "cannot be read"),
+    ("coordinator init-network --address nonsense", 2, "HOST:PORT"),
+    ("coordinator certify missing --out x", 2, "cannot be read"),
+    ("coordinator revoke north --reason x", 20, "no authority"),
+    ("coordinator perimeter --out p", 20, "no network set up"),
+    ("coordinator register-nodes --flwr-home missing", 2, "config.toml"),
+    ("site perimeter --out p", 10, "has no certificate"),
     ("site budget", 10, "cannot be read"),
     ("site serve", 2, "none is approved"),
     ("site status study", 10, "has not approved"),
@@ -143,7 +152,7 @@ def test_what_is_no_error_of_ours_is_called_a_bug(run: Any, monkeypatch: pytest.
         main(["site", "policy"])
 
 
-def test_the_way_of_a_hospitals_keys(run: Any, tmp_path: Path) -> None:
+def test_the_way_of_a_hospitals_keys(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """init, request, pin and policy, then the coordinator's enrolment with the fingerprint read aloud."""
     made = run("site", "init", "--name", "north")
     assert made.code == 0
@@ -164,6 +173,35 @@ def test_the_way_of_a_hospitals_keys(run: Any, tmp_path: Path) -> None:
     assert wrong.code == ExitCode.REFUSED
     right = run("coordinator", "enrol", "north.json", "--study", "trial", "--fingerprint", fingerprint)
     assert right.code == 0
+    words = ["enrol", "north.json", "--study", "trial", "--fingerprint", fingerprint, "--out", "north.pem"]
+    assert run("coordinator", *words).code == ExitCode.COORDINATOR_MUST_ACT
+    assert run("coordinator", "init-network", "--address", "127.0.0.1:8443").code == 0
+    assert run("coordinator", *words).code == 0
+    coordinators = run("coordinator", "init", "second").out.split("to pin: ")[1].strip()
+    assert "no coordinator is pinned" in run("site", "install-certificate", "north.pem").err
+    assert run("site", "pin", "coordinator", coordinators).code == 0
+    assert "127.0.0.1:8443" in run("site", "install-certificate", "north.pem").out
+    assert run("site", "request", "--out", "again.json").code == ExitCode.SITE_MUST_ACT
+    assert run("site", "request", "--renew", "--out", "again.json").code == 0
+    assert run("coordinator", "certify", "again.json", "--out", "north.2.pem").code == 0
+    assert run("site", "install-certificate", "north.2.pem").code == 0
+    assert run("site", "perimeter", "--out", "site-perimeter").code == 0
+    assert "lets in north" in run("coordinator", "perimeter", "--out", "perimeter").out
+    private = [*(tmp_path / "perimeter").glob("*/*"), *(tmp_path / "site-perimeter").glob("*/*")]
+    assert {path.stat().st_mode & 0o077 for path in private if path.suffix != ".pem"} == {0}
+    assert run("site", "export-sheet", "--out", "sheet.json").code == 0
+    monkeypatch.setenv("LACUNA_HOME", str(tmp_path / "east"))
+    monkeypatch.setenv("LACUNA_COUNTER_DIR", str(tmp_path / "counters-east"))
+    assert run("site", "init", "--name", "east").code == 0
+    read = run("site", "import-sheet", "sheet.json", "--fingerprint", fingerprint, "--all")
+    assert read.code == 0
+    assert "south" in read.out
+    assert coordinators in run("site", "policy").out
+    assert run("site", "import-sheet", "sheet.json", "--fingerprint", FINGERPRINT).code == ExitCode.REFUSED
+    monkeypatch.setenv("LACUNA_HOME", str(tmp_path / "home"))
+    assert len(json.loads(run("coordinator", "certificates", "--json").out)) == 2
+    assert run("coordinator", "revoke", "north", "--reason", "test").code == 0
+    assert "revoked: test" in run("coordinator", "certificates").out
     assert run("coordinator", "plan", "sign", "--study", "trial").code == ExitCode.COORDINATOR_MUST_ACT
     (tmp_path / "junk.json").write_bytes(b"junk")
     junk = run("coordinator", "enrol", "junk.json", "--study", "trial", "--fingerprint", fingerprint)

@@ -15,11 +15,16 @@ from in_memory_consortium import Consortium
 
 from client.ledger_export import signed_ledger
 from privacy.audit.verdict_statement import make_verdict_statement, open_verdict, sign_verdict
+from server.authority import CertificateAuthority
 from server.gating import decide, keep_ledger
 from server.transport import Fate
 from shared.agent_messages import VERDICT_REPLY
+from shared.certificates import make_request as make_csr
+from shared.certificates import new_key
 from shared.checkpoint import load_tensors
+from shared.enrolment import MachineKeys, make_request, open_request
 from shared.errors import CoordinatorError, RefusedError
+from shared.node_keys import make_node_key
 from shared.study_plan import StudyPlan
 from shared.wire import Envelope
 
@@ -287,3 +292,36 @@ def test_too_few_sites_end_the_run_with_a_clear_error(make: Callable[..., Consor
 
 def test_plan_of_the_test_is_a_whole_plan(make: Callable[..., Consortium]) -> None:
     assert isinstance(make(n=3, rounds=1).plan, StudyPlan)
+
+
+def test_a_revoked_site_is_out_from_the_next_round(make: Callable[..., Consortium]) -> None:
+    """It answers as before, and its keys for the next round were delivered: all the same it is not asked."""
+    consortium = make(n=4, rounds=4)
+    consortium.store.root.parent.chmod(0o700)
+    authority = CertificateAuthority(consortium.store.root.parent)
+    authority.create(address="127.0.0.1:8443")
+    key = consortium.homes[3].identity()
+    machines = MachineKeys(
+        tls_request=make_csr(new_key(), name="site-3").decode(),
+        node_key=make_node_key(consortium.root, "node").public.read_text(),
+    )
+    asked: list[int] = []
+
+    def revoke_in_round_two(node: int, leg: str, envelope: Envelope) -> Fate:
+        if node == 3 and leg == "request":
+            asked.append(consortium.store.completed_rounds())
+            if consortium.store.completed_rounds() == 1 and not authority.revoked_identities():
+                authority.revoke("site-3", reason="test")
+        return Fate.DELIVER
+
+    request = make_request(role="site", name="site-3", key=key, machines=machines)
+    authority.issue(open_request(request))
+    consortium.faults = revoke_in_round_two
+    assert consortium.driver().run().rounds == 4
+    everybody = tuple(f"site-{i}" for i in range(4))
+    assert survivors_of(consortium) == [everybody, everybody, everybody[:3], everybody[:3]]
+    assert survivors_of(consortium, "audit") == [everybody[:3]]
+    assert max(asked) == 1, "nothing was asked of it after the round in which it was revoked"
+    assert [body["site"] for _, _, kind, body in consortium.store.events() if kind == "site_revoked"] == [
+        "site-3"
+    ]
