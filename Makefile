@@ -47,6 +47,8 @@ test: check
 test-all: check
 	@echo "== all tests, slow ones too (this takes a while)"
 	$(BIN)/python -m pytest -n $(PYTEST_WORKERS)
+	@echo "== bill of materials of this environment (CycloneDX): sbom.json"
+	$(BIN)/python -m cyclonedx_py environment --output-reproducible --of JSON -o sbom.json $(BIN)/python
 
 format: $(STAMP)
 	$(BIN)/ruff format .

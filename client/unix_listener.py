@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import grp
 import os
+import pwd
 import shutil
 import socket
 import stat
@@ -121,9 +122,19 @@ class UnixListener:
             self._lock = -1
 
 
+def user_id(user: str) -> int:
+    """The uid of a user. Raises SiteError: there is no such user."""
+    try:
+        return pwd.getpwnam(user).pw_uid
+    except KeyError as error:
+        raise SiteError(f"there is no user {user!r}", remedy=f"useradd --system {user}") from error
+
+
 def _group_id(group: str | int | None) -> int | None:
     if group is None or isinstance(group, int):
         return group
+    if group.isdigit():
+        return int(group)
     try:
         return grp.getgrnam(group).gr_gid
     except KeyError as error:

@@ -257,6 +257,7 @@ def audit_mechanism(
 @click.option("--socket", "socket_path", type=PathType, help="Unix socket for the courier.")
 @click.option("--group", help="Group that may use the socket.")
 @click.option("--allow-uid", "uids", type=int, multiple=True, help="Uid that may speak to the agent.")
+@click.option("--allow-user", "users", multiple=True, help="User, by name, that may speak to the agent.")
 @click.option("--listen", metavar="HOST:PORT", help="TCP with mutual TLS in place of the socket.")
 @click.option("--certificate", type=PathType, help="With --listen: the agent's certificate (PEM).")
 @click.option("--tls-key", type=PathType, help="With --listen: its key (PEM).")
@@ -268,6 +269,7 @@ def serve(
     socket_path: Path | None,
     group: str | None,
     uids: tuple[int, ...],
+    users: tuple[str, ...],
     listen: str | None,
     certificate: Path | None,
     tls_key: Path | None,
@@ -277,6 +279,7 @@ def serve(
 ) -> None:
     """Run the site agent for an approved study, until it is stopped. It needs no network."""
     from client.serving import ServeOptions, serve_study
+    from client.unix_listener import user_id
 
     home = SiteHome.default()
     study_id = _study(home, study)
@@ -288,7 +291,7 @@ def serve(
     options = ServeOptions(
         socket_path=socket_path or home.study(study_id) / "agent.sock",
         group=group,
-        allowed_uids=frozenset(uids),
+        allowed_uids=frozenset(uids) | {user_id(user) for user in users},
         tls=tls,
         device=device,
         threads=threads,
