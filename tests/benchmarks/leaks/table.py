@@ -1,0 +1,109 @@
+"""The leak benchmark's table and plot."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from tests.benchmarks.leaks.judging import ATTACKS, SETTINGS, Repetition, Row, blocking_step
+
+TITLES = {
+    "hippocampus-40": "hippocampus MR, 40 patients",
+    "adrenal-100": "adrenal shapes, 100 glands",
+    "adrenal-200": "adrenal shapes, 200 glands",
+}
+NAMES = {
+    "calibrated_loss": "primary",
+    "sima": "SimA",
+    "pia": "PIA",
+    "secmi": "SecMI",
+    "gradient_norm": "gradient norm",
+}
+AUC_LIMIT = 0.70
+
+
+def write_table(rows: Mapping[str, Sequence[Row]], examples: Mapping[str, Repetition]) -> str:
+    """Markdown: a table for each study, and the step at which the gate blocks."""
+    parts = ["# What the audit sees without protection", "", "`python -m tests.benchmarks leaks`", ""]
+    for study, own in rows.items():
+        example = examples[study]
+        others = int((~example.member_U).sum())
+        parts += [
+            f"## {TITLES.get(study, study)}",
+            "",
+            f"{example.n_members} members and {others} non-members in each of {own[0].repetitions} draws. "
+            "For each attack: mean AUC, and in brackets its power: the share of draws in which its interval, "
+            "on exact scores as a hospital sees them, lies above 0.6. Gate: share of verdicts that block.",
+            "",
+            "| step | " + " | ".join(NAMES[name] for name in ATTACKS) + " | gate, exact | gate, noised |",
+            "| ---: |" + " ---: |" * (len(ATTACKS) + len(SETTINGS)),
+        ]
+        parts += [_line(row) for row in own]
+        parts += ["", *_conclusions(own), ""]
+    return "\n".join(parts)
+
+
+def _line(row: Row) -> str:
+    cells = [str(row.step)]
+    for name in ATTACKS:
+        value, seen = row.aucs[name], row.seen[name]
+        cells.append("" if value is None or seen is None else f"{value:.3f} ({seen:.2f})")
+    for setting in SETTINGS:
+        blind = f", {row.blind[setting]:.2f} invalid" if row.blind[setting] else ""
+        cells.append(f"{row.blocked[setting]:.2f}{blind}")
+    return "| " + " | ".join(cells) + " |"
+
+
+def _conclusions(rows: Sequence[Row]) -> list[str]:
+    lines = []
+    passed = next((row.step for row in rows if row.true_auc > AUC_LIMIT), None)
+    lines.append(
+        f"- The primary attack's AUC passes {AUC_LIMIT:.2f} at step {passed}."
+        if passed is not None
+        else f"- The primary attack's AUC stays at or below {AUC_LIMIT:.2f}."
+    )
+    for setting in SETTINGS:
+        for share in (0.5, 0.95):
+            row = blocking_step(rows, setting, share)
+            lines.append(
+                f"- Gate, {setting} counts: at least {share:.0%} of the verdicts block from "
+                + (
+                    f"step {row.step} on, at AUC {row.true_auc:.3f}."
+                    if row is not None
+                    else "no step up to the last one on."
+                )
+            )
+    return lines
+
+
+def draw_plot(rows: Mapping[str, Sequence[Row]], path: Path) -> None:
+    """One panel for each study: AUC of each attack, and the share of verdicts that block."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, len(rows), figsize=(4.6 * len(rows), 4.2), sharey=True, squeeze=False)
+    for panel, (study, own) in zip(panels[0], rows.items(), strict=True):
+        steps = [row.step for row in own]
+        panel.axhline(0.5, color="0.8", linewidth=1)
+        panel.axhline(AUC_LIMIT, color="0.8", linewidth=1, linestyle="--")
+        low = [row.true_auc - row.spread for row in own]
+        high = [row.true_auc + row.spread for row in own]
+        panel.fill_between(steps, low, high, color="tab:blue", alpha=0.15, linewidth=0)
+        for name in ATTACKS:
+            known = [(row.step, row.aucs[name]) for row in own if row.aucs[name] is not None]
+            width = 2.0 if name == "calibrated_loss" else 1.0
+            panel.plot(*zip(*known, strict=True), label=f"AUC, {NAMES[name]}", linewidth=width, marker=".")
+        for setting, style in zip(SETTINGS, ("-", ":"), strict=True):
+            blocked = [row.blocked[setting] for row in own]
+            panel.plot(steps, blocked, color="black", linestyle=style, label=f"blocked, {setting} counts")
+        panel.set_xscale("symlog", linthresh=10)
+        panel.set_ylim(0, 1.02)
+        panel.set_title(TITLES.get(study, study), fontsize=10)
+        panel.set_xlabel("unprotected fine-tuning steps")
+    panels[0][0].set_ylabel("AUC; share of verdicts that block")
+    panels[0][-1].legend(fontsize=7, loc="lower right")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)

@@ -1,0 +1,67 @@
+"""How often the gate blocks a network for nothing: ``python -m tests.benchmarks null_runs``.
+
+Each run takes glands of the validation and test part that a network was NOT trained on, from the leak
+benchmark's kept scores, calls a random 100 (or 200) of them members and the others held out, and asks for the
+gate's verdict. The network has learned none of them, so the label tells nothing: every block is a false one.
+Half of the runs have exact counts, half the noise of a plan for epsilon 8; coins and noise are drawn anew.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+
+from privacy.audit.bounds import clopper_pearson
+from tests.benchmarks.leaks.judging import SETTINGS, Gate, Repetition, read_scores
+
+RUNS = 400
+"""For each setting and number of members."""
+
+
+def run() -> str:
+    """A table with exact 95% intervals."""
+    studies = {"adrenal-100": 100, "adrenal-200": 200}
+    by_study: dict[str, list[Repetition]] = {name: [] for name in studies}
+    for repetition in read_scores():
+        if repetition.study in by_study:
+            by_study[repetition.study].append(repetition)
+    lines = ["null runs: random relabelings of glands that the network was trained on none of"]
+    total, blocks, level = 0, 0, 0.0
+    for name, members in studies.items():
+        for setting, noised in SETTINGS.items():
+            outcomes, level = null_outcomes(by_study[name], members=members, noised=noised, runs=RUNS)
+            found = sum(count for outcome, count in outcomes.items() if outcome != "no_violation_found")
+            total, blocks = total + RUNS, blocks + found
+            lines.append(f"{members} members, {setting:6} counts: {_words(found, RUNS)} {dict(outcomes)}")
+    lines.append(f"all: {_words(blocks, total)}")
+    lines.append(f"stated level of one audit, all tests together: {level:.4f}")
+    return "\n".join(lines)
+
+
+def null_outcomes(
+    repetitions: list[Repetition], *, members: int, noised: bool, runs: int
+) -> tuple[Counter[str], float]:
+    """Outcomes of ``runs`` relabelings, the repetitions and their later steps in turn; and the level."""
+    outcomes: Counter[str] = Counter()
+    level = 0.0
+    for index in range(runs):
+        repetition = repetitions[index % len(repetitions)]
+        steps = [int(step) for step in repetition.steps_K if step > 0]
+        step = steps[(index // len(repetitions)) % len(steps)]
+        generator = np.random.default_rng([members, noised, index])
+        _, scores = repetition.at("calibrated_loss", step)
+        losses = repetition.public_loss_U[~repetition.member_U]
+        order = generator.permutation(scores.size)
+        first, rest = order[:members], order[members:]
+        gate = Gate.of(repetition, noised=noised)
+        level = gate.plan.audit.significance / gate.plan.privacy.max_audit_attempts
+        verdict = gate.judge((scores[first], losses[first]), (scores[rest], losses[rest]), generator)
+        outcomes[verdict.outcome] += 1
+    return outcomes, level
+
+
+def _words(found: int, runs: int) -> str:
+    interval = clopper_pearson(found, runs, error=0.025)
+    share = f"{found / runs:.4f}, 95% interval {interval.low:.4f} to {interval.high:.4f}"
+    return f"{found} of {runs} blocked ({share})"
