@@ -232,6 +232,10 @@ class SiteStore:
         save_tensors(path, {"image": scan.image_DHW, "mask": scan.mask_DHW}, metadata)
         return row
 
+    def series_key(self, series_uid: str) -> str:
+        """What stands for a DICOM series in the inbox beside the store."""
+        return _hmac(self._site_key, "series", series_uid.encode()).hex()
+
     def scan_key(self, content_sha256: bytes) -> str:
         return _hmac(self._site_key, "scan", content_sha256).hex()
 

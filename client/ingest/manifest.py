@@ -11,6 +11,7 @@ import csv
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -28,48 +29,82 @@ class ManifestError(SiteError):
     """The manifest as a whole cannot be used: missing, not CSV, or with wrong columns."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ManifestRow:
+    """One row as it stands, without surrounding spaces. ``where`` names its line."""
+
+    patient: str
+    scan: str
+    condition: str
+    mask: str
+    where: str
+
+
 def read_manifest(path: Path, conditions: Sequence[str]) -> Listing:
-    """Read and check a manifest; files are looked for, not opened.
+    """Read and check a manifest of NIfTI files; they are looked for, not opened.
 
     Raises:
         ManifestError: the manifest is missing, is not CSV, is empty, or its columns are not
             :data:`COLUMNS`.
     """
-    table = _read_table(path)
     problems: list[Problem] = []
     entries: list[ScanEntry] = []
-    for number, row in enumerate(table.itertuples(index=False), start=2):
-        patient, scan, condition, mask = (str(getattr(row, column)).strip() for column in COLUMNS)
-        name = scan or f"{path.name} line {number}"
-        image_path, mask_path = path.parent / scan, path.parent / mask
+    for row in _rows(path):
+        name = row.scan or row.where
+        image, mask = (NiftiFile(path=path.parent / file) for file in (row.scan, row.mask))
         found: list[tuple[ProblemKind, str]] = []
-        if not scan:
+        if not row.scan:
             found.append((ProblemKind.NO_SCAN, ""))
-        elif not image_path.is_file():
-            found.append((ProblemKind.MISSING_FILE, f"{path.name} line {number}"))
-        if not patient:
-            found.append((ProblemKind.NO_PATIENT, f"{path.name} line {number}"))
-        if condition not in conditions:
-            known = ", ".join(conditions)
-            found.append((ProblemKind.UNKNOWN_CONDITION, f"{condition!r}; the plan knows {known}"))
-        if not mask:
-            found.append((ProblemKind.NO_MASK, f"{path.name} line {number}"))
-        elif not mask_path.is_file():
-            found.append((ProblemKind.MISSING_FILE, f"mask {mask}"))
+        elif image.missing is not None:
+            found.append((ProblemKind.MISSING_FILE, row.where))
+        found.extend(_row_faults(row, conditions))
+        if not row.mask:
+            found.append((ProblemKind.NO_MASK, row.where))
+        elif mask.missing is not None:
+            found.append((ProblemKind.MISSING_FILE, f"mask {row.mask}"))
         if found:
             problems.extend(Problem(file=name, kind=kind, detail=detail) for kind, detail in found)
             continue
         entries.append(
-            ScanEntry(
-                patient_id=patient,
-                name=name,
-                image=NiftiFile(path=image_path),
-                mask=NiftiFile(path=mask_path),
-                condition=condition,
-            )
+            ScanEntry(patient_id=row.patient, name=name, image=image, mask=mask, condition=row.condition)
         )
     unique, repeated = drop_repeated_files(entries)
     return Listing(entries=unique, problems=(*problems, *repeated))
+
+
+def read_manifest_rows(path: Path, conditions: Sequence[str]) -> tuple[list[ManifestRow], list[Problem]]:
+    """Rows with a patient and a known condition, and problems of the others; files are not looked for.
+
+    Raises:
+        ManifestError: see :func:`read_manifest`.
+    """
+    rows: list[ManifestRow] = []
+    problems: list[Problem] = []
+    for row in _rows(path):
+        faults = _row_faults(row, conditions)
+        problems.extend(Problem(file=row.scan or row.where, kind=kind, detail=text) for kind, text in faults)
+        if not faults:
+            rows.append(row)
+    return rows, problems
+
+
+def _row_faults(row: ManifestRow, conditions: Sequence[str]) -> list[tuple[ProblemKind, str]]:
+    faults = [] if row.patient else [(ProblemKind.NO_PATIENT, row.where)]
+    if row.condition not in conditions:
+        known = ", ".join(conditions)
+        faults.append((ProblemKind.UNKNOWN_CONDITION, f"{row.condition!r}; the plan knows {known}"))
+    return faults
+
+
+def _rows(path: Path) -> list[ManifestRow]:
+    cells = _read_table(path)[list(COLUMNS)].itertuples(index=False)
+    return [
+        ManifestRow(
+            **dict(zip(COLUMNS, (str(cell).strip() for cell in row), strict=True)),
+            where=f"{path.name} line {number}",
+        )
+        for number, row in enumerate(cells, start=2)
+    ]
 
 
 def drop_repeated_files(entries: Iterable[ScanEntry]) -> tuple[tuple[ScanEntry, ...], tuple[Problem, ...]]:
@@ -95,17 +130,24 @@ def drop_repeated_files(entries: Iterable[ScanEntry]) -> tuple[tuple[ScanEntry, 
 
 
 def read_csv_table(path: Path) -> pd.DataFrame:
-    """A CSV table with every cell as text, as it stands: "007" and "NA" are names, nothing is missing.
+    """:func:`read_table` of a file with commas. Raises ManifestError."""
+    return read_table(path, separator=",")
+
+
+def read_table(path: Path, *, separator: str) -> pd.DataFrame:
+    """A table with every cell as text, as it stands: "007" and "NA" are names, nothing is missing.
 
     Raises:
-        ManifestError: the file cannot be read, is too large, or is not a CSV table.
+        ManifestError: the file cannot be read, is too large, or is not such a table.
     """
     try:
         if path.stat().st_size > MAX_MANIFEST_BYTES:
             raise ManifestError(f"{path}: larger than {MAX_MANIFEST_BYTES} bytes, not a table of scans")
         with warnings.catch_warnings():
             warnings.simplefilter("error", ParserWarning)  # a row longer than the header loses cells
-            return pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False, encoding="utf-8-sig")
+            return pd.read_csv(
+                path, sep=separator, dtype=str, keep_default_na=False, index_col=False, encoding="utf-8-sig"
+            )
     except OSError as error:
         raise ManifestError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, csv.Error, ParserWarning) as error:

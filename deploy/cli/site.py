@@ -21,6 +21,7 @@ from deploy.cli.output import (
     read_input,
     write_output,
 )
+from deploy.cli.site_import import import_command
 from deploy.cli.site_network import add_network_commands
 from shared.errors import RefusedError, SiteError, UsageError
 from shared.home import private_directory, write_private
@@ -92,71 +93,7 @@ def policy(changes: tuple[str, ...]) -> None:
     click.echo(home.policy_path.read_text(encoding="utf-8").rstrip())
 
 
-@command.command("import")
-@click.option("--plan", "plan_root", type=PathType, required=True, help="Plan package (a directory).")
-@click.option("--nifti", type=PathType, help="Folder of NIfTI scans with manifest.csv, or the manifest.")
-@click.option("--decathlon", type=PathType, help="Folder of a Medical Segmentation Decathlon task.")
-@click.option("--patients", type=PathType, help="With --decathlon: table of patients (CSV).")
-@click.option("--only", type=PathType, help="With --decathlon: file with the ids of this site's patients.")
-@click.option("--volume-cut", type=float, help="With --decathlon: mm3 below which a scan counts as small.")
-@click.option("--strict", is_flag=True, help="Import nothing if anything is wrong.")
-@json_option
-def import_scans(
-    plan_root: Path,
-    nifti: Path | None,
-    decathlon: Path | None,
-    patients: Path | None,
-    only: Path | None,
-    volume_cut: float | None,
-    strict: bool,
-    as_json: bool,
-) -> None:
-    """Check scans and bring them into this site's store. Repeat it to continue after an interruption."""
-    from client.ingest.decathlon import DecathlonFolder, read_patient_list
-    from client.ingest.nifti import NiftiFolder
-    from client.patient_dataset import SiteStore
-    from client.scan_import import import_scans as run_import
-
-    if (nifti is None) == (decathlon is None):
-        raise UsageError("give either --nifti or --decathlon")
-    home = SiteHome.default()
-    plan = open_plan_package(plan_root).plan
-    private_directory(home.study(plan.study_id))
-    store_path = home.store_path(plan.study_id)
-    store = SiteStore.open(store_path) if (store_path / "site.key").exists() else SiteStore.create(store_path)
-    source: Any
-    if nifti is not None:
-        source = NiftiFolder(path=nifti)
-    else:
-        assert decathlon is not None
-        if patients is None:
-            raise UsageError("--decathlon needs --patients: the layout itself does not name patients")
-        chosen = None if only is None else read_patient_list(only)
-        source = DecathlonFolder(
-            path=decathlon, patients_csv=patients, patient_ids=chosen, volume_cut_mm3=volume_cut
-        )
-    with progress_bars() as progress:
-        report = run_import(source, store, plan.data, strict=strict, progress=progress)
-    if as_json:
-        print_json(
-            {
-                "imported": list(report.imported),
-                "present": list(report.present),
-                "problems": [str(problem) for problem in report.problems],
-                "cut": [list(entry) for entry in report.cut],
-            }
-        )
-    else:
-        click.echo(
-            f"imported {len(report.imported)}, already here {len(report.present)}, "
-            f"refused {len(report.refused)}"
-        )
-        for problem in report.problems:
-            click.echo(f"  refused: {problem}")
-        for name, lost, total in report.cut:
-            click.echo(f"  cut: {name}: {lost} of {total} label voxels lie outside the grid")
-    if not report.imported and not report.present:
-        raise SiteError("no scan was imported", remedy="mend what is listed above and import again")
+command.add_command(import_command)
 
 
 @command.command("approve")
