@@ -141,8 +141,9 @@ def open_ledger(data: bytes, *, key: str, what: str, seen: Iterable[SeenHead] = 
     ledger_id = str(opened["ledger_id"])
     head = SeenHead.parse(predicate["head"])
     hashes = tuple(str(entry["entry_hash"]) for entry in entries)
-    if (head.ledger_id, head.length, head.entry_hash) != (ledger_id, len(entries), hashes[-1]):
-        raise EvidenceError(f"{what}: its head is not that of its last entry (entries removed or added)")
+    fault = head_fault(entries, predicate["head"])
+    if fault is not None:
+        raise EvidenceError(f"{what}: {fault}")
     if statement.subjects != {f"ledger/{ledger_id}": hashes[-1]}:
         raise EvidenceError(f"{what}: its subject is not its last entry")
     ledger = CheckedLedger(
@@ -223,6 +224,25 @@ def chain_fault(entries: Any) -> str | None:
     return None
 
 
+def head_fault(entries: list[dict[str, Any]], head: Any) -> str | None:
+    """What is missing or too much in a whole chain, by the head that came with it; None if nothing is.
+
+    The head's signature is not looked at here.
+    """
+    if not isinstance(head, dict) or type(head.get("length")) is not int:
+        return "changed: the head is malformed"
+    counted, found = head["length"], len(entries)
+    if counted > found:
+        return f"removed: entry {found + 1} is missing at the end, the head counts {counted} entries"
+    if counted < found:
+        return f"added: the head counts {counted} entries, entry {counted + 1} is not among them"
+    if head.get("ledger_id") != entries[0]["body"]["ledger_id"]:
+        return "changed: the head is of another ledger"
+    if head.get("entry_hash") != entries[-1]["entry_hash"]:
+        return f"changed: entry {found} is not the one that the head is of"
+    return None
+
+
 def entry_hash(ledger_id: str, sequence: int, previous_hash: str, body: dict[str, Any]) -> str:
     """Hex hash of one entry, from its definition. Raises ValueError or TypeError for malformed parts."""
     message = _framed(
@@ -294,6 +314,7 @@ def _fault_inside(data: bytes) -> str | None:
     try:
         envelope = strict_json(data, what="export")
         payload = strict_json(decode_base64(envelope["payload"], what="export"), what="export")
-        return chain_fault(payload["predicate"]["entries"])
+        entries, head = payload["predicate"]["entries"], payload["predicate"]["head"]
+        return chain_fault(entries) or head_fault(entries, head)
     except (EvidenceError, KeyError, TypeError, IndexError):
         return None

@@ -104,7 +104,7 @@ def test_tampered_entries_are_named_with_and_without_a_new_signature(
 
 
 def test_entries_cut_off_at_the_end_are_named(study: Study) -> None:
-    with pytest.raises(EvidenceError, match="removed or added"):
+    with pytest.raises(EvidenceError, match="removed: entry 8 is missing at the end"):
         opened(study, resigned(study, lambda entries: entries.pop()))
 
 
