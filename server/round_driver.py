@@ -10,7 +10,7 @@ its own. The driver knows neither Flower nor gRPC: it runs over :class:`server.t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -161,6 +161,7 @@ class RoundDriver:
         threshold = self._plan.secure_aggregation.threshold
         deadline = self._clock() + self._pace.quorum_s
         waiting_said = False
+        failures, lost = 0, dict[str, str]()
         while True:
             self._leave_out_revoked_sites()
             self._directory.drop_lost_nodes()
@@ -175,6 +176,7 @@ class RoundDriver:
                     attempt.set_up(reachable)
                     return attempt
                 except AttemptAbortedError as error:
+                    failures, lost = failures + 1, lost | error.lost
                     self._store.void_attempt(attempt.number)
                     self._event(
                         "set_up_failed", attempt=attempt.number, reason=error.message, lost=error.lost
@@ -183,12 +185,30 @@ class RoundDriver:
                 waiting_said = True
                 self._event("waiting_for_sites", missing=list(self._directory.missing()))
             if self._clock() >= deadline:
-                raise CoordinatorError(
-                    f"only {len(self._directory.reachable)} of the {threshold} sites needed answered within "
-                    f"{self._pace.quorum_s:g} s; missing: {', '.join(self._directory.missing()) or 'none'}",
-                    remedy="see that site agents and SuperNodes run, then lacuna coordinator resume",
-                )
-            time.sleep(self._pace.poll_s)
+                raise self._no_attempt(task, lost)
+            # Every set-up that fails costs an entry in the ledgers of the sites that did answer.
+            time.sleep(self._pace.poll_s * 2 ** min(failures, 6))
+
+    def _no_attempt(self, task: AttemptTask, lost: Mapping[str, str]) -> CoordinatorError:
+        """Why the study stops: who is missing, and who refuses for which reason."""
+        reachable, threshold = len(self._directory.reachable), self._plan.secure_aggregation.threshold
+        within = f"within {self._pace.quorum_s:g} s"
+        rest = (
+            f"missing: {', '.join(self._directory.missing()) or 'none'}; {self._model.round} of "
+            f"{self._plan.privacy.rounds} rounds are completed and kept"
+        )
+        if not lost or reachable < threshold:
+            return CoordinatorError(
+                f"only {reachable} of the {threshold} sites needed answered {within}; {rest}",
+                remedy="see that site agents and SuperNodes run, then lacuna coordinator resume",
+            )
+        refusals = ", ".join(f"{site}: {reason}" for site, reason in sorted(lost.items()))
+        return CoordinatorError(
+            f"no attempt of round {task.round} ({task.purpose}) could be prepared {within}; {threshold} "
+            f"sites are needed, and there are refusals: {refusals}; {rest}",
+            remedy="the sites that are named look at lacuna site status and at their own logs; when that is "
+            "mended, lacuna coordinator resume",
+        )
 
     def _new_attempt(self, task: AttemptTask) -> Attempt:
         number = self._store.prepare_attempt(
