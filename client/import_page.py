@@ -11,7 +11,7 @@ from typing import Any
 
 from client.ingest.thumbnails import Gallery
 from client.scan_import import ImportReport
-from privacy.compliance.page import render_page
+from privacy.compliance.page import Verbatim, render_page
 from shared.study_plan import StudyPlan
 from shared.volumes.contact_sheet import LABEL_COLOURS
 
@@ -106,7 +106,7 @@ def import_page(report: ImportReport, gallery: Gallery, plan: StudyPlan, *, site
         refused=[scan for scan in scans if scan.result == "refused"],
         accepted=[scan for scan in scans if scan.result != "refused"],
         n_repaired=sum(scan.repaired for scan in scans),
-        pictures=gallery.pictures,
+        pictures={name: Verbatim(address) for name, address in gallery.pictures.items()},
         left_out=gallery.left_out,
         legend=[
             (label, LABEL_COLOURS[value % len(LABEL_COLOURS)]) for value, label in enumerate(plan.data.labels)

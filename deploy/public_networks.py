@@ -113,8 +113,9 @@ def read_public(
     covariates: tuple[CovariateClause, ...] = (),
 ) -> list[PublicVolume]:
     """Public scans on the canonical grid. Raises CoordinatorError naming every problem."""
+    names = tuple(covariate.name for covariate in covariates)
     if source.nifti is not None:
-        listing = NiftiFolder(path=source.nifti).listing(conditions)
+        listing = NiftiFolder(path=source.nifti, covariates=names).listing(conditions)
     else:
         if source.decathlon is None or source.patients is None:
             raise UsageError("--decathlon needs --patients")
@@ -126,6 +127,7 @@ def read_public(
             patients_csv=source.patients,
             patient_ids=chosen,
             volume_cut_mm3=source.volume_cut_mm3,
+            covariates=names,
         ).listing(conditions)
     problems = [str(problem) for problem in listing.problems]
     volumes = []

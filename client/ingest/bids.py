@@ -8,13 +8,13 @@ the number of sessions and runs.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from client.ingest.manifest import ManifestError, drop_repeated_files, read_table
+from client.ingest.manifest import ManifestError, drop_repeated_files, named_cells, read_table
 from client.ingest.nifti_file import NiftiFile
 from client.ingest.scan import (
     Listing,
@@ -44,6 +44,7 @@ class BidsFolder:
         condition_column: Column of ``participants.tsv`` that has the condition.
         segment_names: Names in a segmentation's look-up table and the plan's label for each, where they
             differ; an empty label leaves the segment out.
+        covariates: Names of covariates that ``participants.tsv`` may have as columns; ``n/a`` is unknown.
     """
 
     path: Path
@@ -51,6 +52,7 @@ class BidsFolder:
     suffix: str = "T1w"
     condition_column: str = "condition"
     segment_names: Mapping[str, str] = field(default_factory=dict)
+    covariates: tuple[str, ...] = ()
 
     def listing(self, conditions: Sequence[str]) -> Listing:
         """Scans and problems; names are read, voxels are not.
@@ -68,10 +70,11 @@ class BidsFolder:
         for image in images:
             name = str(image.relative_to(self.path))
             patient = f"sub-{_entities(image)['sub']}"
-            condition = people.get(patient)
+            row = people.get(patient)
+            condition = "" if row is None else row[self.condition_column]
             fitting = [mask for mask in masks if _fits(mask, image)]
             found: list[tuple[ProblemKind, str]] = []
-            if condition is None:
+            if row is None:
                 found.append((ProblemKind.NO_PATIENT, "not in participants.tsv"))
             elif condition not in conditions:
                 known = ", ".join(conditions)
@@ -81,7 +84,7 @@ class BidsFolder:
             elif len(fitting) > 1:
                 shown = ", ".join(str(mask.relative_to(self.path)) for mask in fitting[:4])
                 found.append((ProblemKind.AMBIGUOUS_MASK, shown))
-            if found or condition is None:
+            if found or row is None:
                 problems.extend(Problem(file=name, kind=kind, detail=detail) for kind, detail in found)
                 continue
             entries.append(
@@ -91,13 +94,14 @@ class BidsFolder:
                     image=NiftiFile(path=image),
                     mask=self._mask(fitting[0]),
                     condition=condition,
+                    covariates=named_cells(row, self.covariates),
                 )
             )
         unique, repeated = drop_repeated_files(entries)
         return Listing(entries=unique, problems=(*problems, *repeated))
 
-    def _participants(self) -> dict[str, str]:
-        """Condition of each participant."""
+    def _participants(self) -> dict[str, dict[Hashable, str]]:
+        """Cells by column for each participant; empty where they say n/a."""
         path = self.path / "participants.tsv"
         table = read_table(path, separator="\t")
         missing = [name for name in ("participant_id", self.condition_column) if name not in table.columns]
@@ -110,8 +114,10 @@ class BidsFolder:
         repeated = sorted({one for one in ids if ids.count(one) > 1})
         if repeated:
             raise ManifestError(f"{path}: listed more than once: {', '.join(repeated[:10])}")
-        values = (str(value).strip() for value in table[self.condition_column])
-        return dict(zip(ids, values, strict=True))
+        cleaned = table.replace({"n/a": "", "N/A": ""}).to_dict("records")
+        return dict(
+            zip(ids, ({key: str(cell).strip() for key, cell in row.items()} for row in cleaned), strict=True)
+        )
 
     def _masks(self) -> list[Path]:
         """Segmentations beside the images and in derivatives."""

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from client.ingest.manifest import ManifestError, drop_repeated_files, read_csv_table
+from client.ingest.manifest import ManifestError, drop_repeated_files, named_cells, read_csv_table
 from client.ingest.nifti_file import NiftiFile
 from client.ingest.scan import Listing, Problem, ProblemKind, ScanEntry
 from shared.canonical import framed
@@ -43,12 +43,14 @@ class DecathlonFolder:
             ``sha256_label`` are used where they are there, other columns are not read.
         patient_ids: Only these patients; None is all.
         volume_cut_mm3: Cut for derived conditions; needed where the table has no column ``condition``.
+        covariates: Names of covariates that the table may have as columns.
     """
 
     path: Path
     patients_csv: Path
     patient_ids: frozenset[str] | None = None
     volume_cut_mm3: float | None = None
+    covariates: tuple[str, ...] = ()
 
     def listing(self, conditions: Sequence[str]) -> Listing:
         """Scans, with conditions, and problems. Masks are opened where conditions are derived from them.
@@ -77,6 +79,7 @@ class DecathlonFolder:
                 image=NiftiFile(path=image_path, sha256=_checksum(row, "sha256_image")),
                 mask=NiftiFile(path=mask_path, sha256=_checksum(row, "sha256_label")),
                 condition="" if derived or not row else str(row["condition"]).strip(),
+                covariates=named_cells(row or {}, self.covariates),
             )
             checked = self._checked(entry, mask_path if derived else None, conditions)
             if isinstance(checked, Problem):

@@ -38,6 +38,7 @@ class DicomPairing:
         condition: Condition of every scan, in place of a manifest.
         selection: Which series are wanted.
         segment_names: Names of segments and the plan's label for each, where they differ.
+        covariates: Names of covariates that the manifest may have as columns.
     """
 
     labels: tuple[str, ...]
@@ -45,6 +46,7 @@ class DicomPairing:
     condition: str | None = None
     selection: SeriesSelection = field(default_factory=SeriesSelection)
     segment_names: Mapping[str, str] = field(default_factory=dict)
+    covariates: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if (self.manifest is None) == (self.condition is None):
@@ -56,7 +58,7 @@ class DicomPairing:
             if self.condition not in conditions:
                 raise UsageError(f"condition {self.condition!r}; the plan knows {', '.join(conditions)}")
             return [], []
-        return read_manifest_rows(self.manifest, conditions)
+        return read_manifest_rows(self.manifest, conditions, self.covariates)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,6 +182,7 @@ class _Pairing:
             image=DicomSeries(series_uid=series.series_uid, paths=series.paths),
             mask=mask,
             condition=row.condition,
+            covariates=row.covariates,
         )
 
     def _mask(self, series: SeriesFiles, row: ManifestRow, name: str) -> VolumeSource | Problem:

@@ -1,8 +1,9 @@
 """The manifest of a folder of scans: who, which file, which condition, which mask.
 
-A manifest is a CSV file with exactly the columns ``patient, scan, condition, mask``; ``scan`` and ``mask``
-are NIfTI files, relative to the manifest's own folder (or absolute). What is wrong with it is listed whole:
-one :class:`Problem` for each, naming its file, never only the first.
+A manifest is a CSV file with the columns ``patient, scan, condition, mask`` and, where the plan declares
+covariates, columns of their names; ``scan`` and ``mask`` are files, relative to the manifest's own folder (or
+absolute). What is wrong with it is listed whole: one :class:`Problem` for each, naming its file, never only
+the first.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from __future__ import annotations
 import csv
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from pandas.errors import ParserWarning
@@ -38,18 +40,24 @@ class ManifestRow:
     condition: str
     mask: str
     where: str
+    covariates: Mapping[str, str] = field(default_factory=dict)
 
 
-def read_manifest(path: Path, conditions: Sequence[str]) -> Listing:
+def read_manifest(path: Path, conditions: Sequence[str], covariates: Sequence[str] = ()) -> Listing:
     """Read and check a manifest of NIfTI files; they are looked for, not opened.
+
+    Args:
+        path: The manifest.
+        conditions: Conditions that the plan knows.
+        covariates: Names of further columns that it may have.
 
     Raises:
         ManifestError: the manifest is missing, is not CSV, is empty, or its columns are not
-            :data:`COLUMNS`.
+            :data:`COLUMNS` and covariates.
     """
     problems: list[Problem] = []
     entries: list[ScanEntry] = []
-    for row in _rows(path):
+    for row in _rows(path, covariates):
         name = row.scan or row.where
         image, mask = (NiftiFile(path=path.parent / file) for file in (row.scan, row.mask))
         found: list[tuple[ProblemKind, str]] = []
@@ -66,13 +74,22 @@ def read_manifest(path: Path, conditions: Sequence[str]) -> Listing:
             problems.extend(Problem(file=name, kind=kind, detail=detail) for kind, detail in found)
             continue
         entries.append(
-            ScanEntry(patient_id=row.patient, name=name, image=image, mask=mask, condition=row.condition)
+            ScanEntry(
+                patient_id=row.patient,
+                name=name,
+                image=image,
+                mask=mask,
+                condition=row.condition,
+                covariates=row.covariates,
+            )
         )
     unique, repeated = drop_repeated_files(entries)
     return Listing(entries=unique, problems=(*problems, *repeated))
 
 
-def read_manifest_rows(path: Path, conditions: Sequence[str]) -> tuple[list[ManifestRow], list[Problem]]:
+def read_manifest_rows(
+    path: Path, conditions: Sequence[str], covariates: Sequence[str] = ()
+) -> tuple[list[ManifestRow], list[Problem]]:
     """Rows with a patient and a known condition, and problems of the others; files are not looked for.
 
     Raises:
@@ -80,7 +97,7 @@ def read_manifest_rows(path: Path, conditions: Sequence[str]) -> tuple[list[Mani
     """
     rows: list[ManifestRow] = []
     problems: list[Problem] = []
-    for row in _rows(path):
+    for row in _rows(path, covariates):
         faults = _row_faults(row, conditions)
         problems.extend(Problem(file=row.scan or row.where, kind=kind, detail=text) for kind, text in faults)
         if not faults:
@@ -96,15 +113,19 @@ def _row_faults(row: ManifestRow, conditions: Sequence[str]) -> list[tuple[Probl
     return faults
 
 
-def _rows(path: Path) -> list[ManifestRow]:
-    cells = _read_table(path)[list(COLUMNS)].itertuples(index=False)
-    return [
-        ManifestRow(
-            **dict(zip(COLUMNS, (str(cell).strip() for cell in row), strict=True)),
-            where=f"{path.name} line {number}",
+def _rows(path: Path, covariates: Sequence[str]) -> list[ManifestRow]:
+    table = _read_table(path, covariates)
+    rows = []
+    for number, cells in enumerate(table.to_dict("records"), start=2):
+        text = {str(name): str(cell).strip() for name, cell in cells.items()}
+        rows.append(
+            ManifestRow(
+                **{name: text[name] for name in COLUMNS},
+                where=f"{path.name} line {number}",
+                covariates=named_cells(cells, covariates),
+            )
         )
-        for number, row in enumerate(cells, start=2)
-    ]
+    return rows
 
 
 def drop_repeated_files(entries: Iterable[ScanEntry]) -> tuple[tuple[ScanEntry, ...], tuple[Problem, ...]]:
@@ -127,6 +148,12 @@ def drop_repeated_files(entries: Iterable[ScanEntry]) -> tuple[tuple[ScanEntry, 
             )
             problems.append(Problem(file=entry.name, kind=ProblemKind.DUPLICATE_NAME, detail=detail))
     return tuple(kept), tuple(problems)
+
+
+def named_cells(cells: Mapping[Hashable, Any], names: Sequence[str]) -> dict[str, str]:
+    """Cells of a row by name, without surrounding spaces; what is empty or not there is left out."""
+    texts = {name: str(cells.get(name, "")).strip() for name in names}
+    return {name: text for name, text in texts.items() if text}
 
 
 def read_csv_table(path: Path) -> pd.DataFrame:
@@ -154,16 +181,17 @@ def read_table(path: Path, *, separator: str) -> pd.DataFrame:
         raise ManifestError(f"{path}: not a CSV table in UTF-8 ({error})") from error
 
 
-def _read_table(path: Path) -> pd.DataFrame:
+def _read_table(path: Path, covariates: Sequence[str]) -> pd.DataFrame:
     table = read_csv_table(path)
     missing = [column for column in COLUMNS if column not in table.columns]
-    surplus = [str(column) for column in table.columns if column not in COLUMNS]
+    surplus = [str(column) for column in table.columns if column not in (*COLUMNS, *covariates)]
     if missing or surplus:
         raise ManifestError(
             f"{path}: wrong columns"
             + (f"; missing: {', '.join(missing)}" if missing else "")
             + (f"; not known: {', '.join(surplus)}" if surplus else ""),
-            remedy=f"the columns are {', '.join(COLUMNS)}",
+            remedy=f"the columns are {', '.join(COLUMNS)}, and the plan's covariates"
+            + (f" ({', '.join(covariates)})" if covariates else ", of which it has none"),
         )
     if table.empty:
         raise ManifestError(f"{path}: the manifest lists no scan")

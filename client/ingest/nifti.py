@@ -18,9 +18,11 @@ class NiftiFolder:
 
     Attributes:
         path: The folder, or the manifest itself.
+        covariates: Names of covariates that the manifest may have as columns.
     """
 
     path: Path
+    covariates: tuple[str, ...] = ()
 
     def listing(self, conditions: Sequence[str]) -> Listing:
         """Scans and problems of the manifest. Raises ManifestError, see :func:`read_manifest`."""
@@ -30,4 +32,4 @@ class NiftiFolder:
                 f"{manifest}: there is no manifest",
                 remedy=f"write {MANIFEST_NAME} with the columns patient, scan, condition, mask",
             )
-        return read_manifest(manifest, conditions)
+        return read_manifest(manifest, conditions, self.covariates)

@@ -15,7 +15,7 @@ from shared.volumes.contact_sheet import LABEL_COLOURS, mask_centre
 from shared.volumes.intensity import normalise_intensity
 from shared.volumes.nifti import Volume
 
-PANEL_PX = 132
+PANEL_PX = 152
 """Longest side of a plane."""
 
 MAX_PICTURES = 600
@@ -81,7 +81,7 @@ def _turned(voxels: NDArray[np.generic], orientation: NDArray[np.float64]) -> ND
 
 
 def _panel(grey_XY: NDArray[np.float32], labels_XY: NDArray[np.uint8], size: tuple[int, int]) -> Plane:
-    """One plane at its size in pixels (width, height), outlines one pixel wide."""
+    """One plane at its size in pixels (width, height), outlines two pixels wide."""
     pixels = np.rint(grey_XY.T[::-1] * 255).astype(np.uint8)
     grey = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
     labels = np.asarray(
@@ -90,7 +90,7 @@ def _panel(grey_XY: NDArray[np.float32], labels_XY: NDArray[np.uint8], size: tup
     picture = np.repeat(grey[:, :, None], 3, axis=2)
     for value in np.unique(labels[labels > 0]).tolist():
         inside = labels == value
-        outline = inside & ~ndimage.binary_erosion(inside, border_value=0)
+        outline = inside & ~ndimage.binary_erosion(inside, iterations=2)
         colour = LABEL_COLOURS[(value - 1) % len(LABEL_COLOURS)]
         picture[outline] = [int(colour[start : start + 2], 16) for start in (1, 3, 5)]
     return picture

@@ -65,6 +65,7 @@ def import_command(plan_root: Path, report: Path | None, strict: bool, as_json: 
     after an interruption: nothing is lost and nothing counts twice. Ends with what was imported, repaired
     and refused, and why, also as a page with pictures that stays in the hospital.
     """
+    from client.ingest.pacs import PacsSource
     from client.ingest.thumbnails import Gallery
     from client.patient_dataset import SiteStore
     from client.scan_import import import_scans
@@ -82,7 +83,7 @@ def import_command(plan_root: Path, report: Path | None, strict: bool, as_json: 
         source = _source(given[0], options, plan, store, folder / "inbox", progress)
         done = import_scans(source, store, plan.data, strict=strict, progress=progress, show=gallery.show)
     page = _write_page(done, gallery, plan, home, report or folder / "import-report.html")
-    if hasattr(source, "discard"):
+    if isinstance(source, PacsSource):
         source.discard()
     _print(done, page, as_json)
     if not done.imported and not done.present:
@@ -92,10 +93,11 @@ def import_command(plan_root: Path, report: Path | None, strict: bool, as_json: 
 def _source(
     kind: str, options: dict[str, Any], plan: StudyPlan, store: SiteStore, inbox: Path, progress: Progress
 ) -> ScanSource:
+    covariates = tuple(covariate.name for covariate in plan.data.covariates)
     if kind == "nifti":
         from client.ingest.nifti import NiftiFolder
 
-        return NiftiFolder(path=options["nifti"])
+        return NiftiFolder(path=options["nifti"], covariates=covariates)
     if kind == "bids":
         from client.ingest.bids import BidsFolder
 
@@ -105,6 +107,7 @@ def _source(
             suffix=options["suffix"],
             condition_column=options["condition_column"],
             segment_names=_segment_names(options["segments"]),
+            covariates=covariates,
         )
     if kind == "decathlon":
         from client.ingest.decathlon import DecathlonFolder, read_patient_list
@@ -116,6 +119,7 @@ def _source(
             patients_csv=options["patients"],
             patient_ids=None if options["only"] is None else read_patient_list(options["only"]),
             volume_cut_mm3=options["volume_cut"],
+            covariates=covariates,
         )
     pairing = _pairing(options, plan)
     if kind == "dicom":
@@ -147,6 +151,7 @@ def _pairing(options: dict[str, Any], plan: StudyPlan) -> DicomPairing:
             description=options["description"],
         ),
         segment_names=_segment_names(options["segments"]),
+        covariates=tuple(covariate.name for covariate in plan.data.covariates),
     )
 
 
