@@ -214,8 +214,8 @@ class SiteAgent:
         match part.kind:
             case AdvertiseRequest.KIND:
                 request = AdvertiseRequest.from_envelope(part)
-                self._check_budget(request.attempt)
-                return self._secagg.advertise(request, self._continuity.show).to_envelope()
+                affordable = partial(self._check_budget, request.attempt)
+                return self._secagg.advertise(request, self._continuity.show, affordable).to_envelope()
             case ShareRequest.KIND:
                 asked = ShareRequest.from_envelope(part)
                 return self._secagg.share(asked, self._continuity.accept).to_envelope()

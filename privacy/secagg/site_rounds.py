@@ -114,17 +114,22 @@ class SiteSecureAggregation:
         self._close_open()
 
     def advertise(
-        self, request: AdvertiseRequest, show_ledger: Callable[[], dict[str, Any]]
+        self,
+        request: AdvertiseRequest,
+        show_ledger: Callable[[], dict[str, Any]],
+        check_affordable: Callable[[], None] = lambda: None,
     ) -> AdvertiseReply:
         """Make fresh keys for an attempt; its number is durable before they exist.
 
         Args:
             request: The server's message.
             show_ledger: What peers are shown of this site's ledger, asked for when the number is in it.
+            check_affordable: Called for an attempt that is new, before its number is kept; what it raises
+                ends the request.
 
         Raises:
             AggregationRefusedError: WRONG_STUDY, ATTEMPT_NOT_NEW.
-            LacunaError: whatever ``register_attempt`` raises.
+            LacunaError: whatever ``check_affordable`` and ``register_attempt`` raise.
         """
         session = self._session(request.attempt)
         number = request.attempt.attempt
@@ -133,6 +138,7 @@ class SiteSecureAggregation:
                 RefusalReason.ATTEMPT_NOT_NEW,
                 f"attempt {number} is not above {self._last_attempt}, the last one recorded here",
             )
+        check_affordable()
         self._register_attempt(number)
         self._last_attempt = number
         head = read_ledger_head(show_ledger())

@@ -372,6 +372,8 @@ def test_no_attempt_beyond_the_plans_number_is_computed(trio: Trio) -> None:
         assert reply.kind != REFUSED
     with pytest.raises(ProtocolRefusedError, match="budget_exhausted"):
         trio.set_up()
+    repeated = AdvertiseRequest(attempt=replace(trio.attempt_id(), attempt=1)).to_envelope()
+    assert reason(trio.ask(0, repeated)[0]) == "attempt_not_new", "what is wrong with a number comes first"
     assert len(trio.benches[0].calls) == trio.plan.privacy.max_attempts == len(trio.charges())
     spent = site_budget(trio.homes[0]).studies[0]
     assert 0 < spent.world.reported < (trio.plan.privacy.epsilon or 0)

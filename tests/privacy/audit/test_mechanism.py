@@ -12,7 +12,7 @@ import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ SITES = ("north", "east", "south", "west")
 SMALL = AuditSize(
     canaries=400, empty_steps=2, canary_steps=2, signal_steps=1, sampled_signal_steps=12, grid_pairs=2
 )
+SMALL_SAMPLED = replace(SMALL, canaries=160)
 
 
 @cache
@@ -58,7 +59,7 @@ def plan(q: float = 1.0, epsilon: float = 8.0, dimension: int = 60_000) -> Execu
 
 def audit(execution: ExecutionPlan, size: AuditSize | None = None, **options: Any) -> MechanismAudit:
     if size is None:
-        size = SMALL if execution.sampling_rate == 1 else replace(SMALL, canaries=160)
+        size = SMALL if execution.sampling_rate == 1 else SMALL_SAMPLED
     return audit_mechanism(execution, SITES, study_digest="ab" * 32, size=size, **options)
 
 
@@ -346,6 +347,46 @@ def test_a_total_that_is_not_the_sum_fails(monkeypatch: pytest.MonkeyPatch) -> N
     original = server_rounds.ServerAttempt.total
     monkeypatch.setattr(server_rounds.ServerAttempt, "total", lambda self: original(self) // 2 * 2)
     assert "unmasking" in failed(plan())
+
+
+THOUSAND = AuditSize()
+NAMED: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "noise halved": partial(
+        test_broken_noise_fails, mutant=scaled(0.5), names={"share-variance", "total-variance"}
+    ),
+    "noise missing at one site": partial(
+        test_broken_noise_fails, mutant=missing_at_one_site(), names={"share-variance"}
+    ),
+    "same seed at two sites": partial(
+        test_broken_noise_fails, mutant=same_seed_at_two_sites(), names={"independence", "total-variance"}
+    ),
+    "same seed in two rounds": partial(
+        test_broken_noise_fails, mutant=same_seed_in_two_rounds(), names={"independence"}
+    ),
+    "clipping per scan, added": partial(test_clipping_per_scan_fails, share=1.0),
+    "clipping per scan, averaged": partial(test_clipping_per_scan_fails, share=0.5),
+    "sum of draws in place of the mean": test_sum_of_draws_fails,
+    "actual batch by the declared number": partial(
+        test_division_by_the_actual_batch_fails, rescaled="by the declared number"
+    ),
+    "actual batch by the expected one": partial(
+        test_division_by_the_actual_batch_fails, rescaled="by the site's expected batch"
+    ),
+    "sensitivity of a coarse grid left out": partial(test_sensitivity_without_the_grid_fails, grid="coarse"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("mutant", NAMED.values(), ids=NAMED)
+def test_each_named_mutant_fails_with_a_thousand_canaries(
+    monkeypatch: pytest.MonkeyPatch, mutant: Callable[[pytest.MonkeyPatch], None]
+) -> None:
+    """The tests above once more, at the size that an installation audits itself with."""
+    assert THOUSAND.canaries == 1024
+    monkeypatch.setitem(globals(), "SMALL", THOUSAND)
+    monkeypatch.setitem(globals(), "SMALL_SAMPLED", THOUSAND)
+    mutant(monkeypatch)
 
 
 def test_other_modes_and_grids_are_refused() -> None:
