@@ -39,6 +39,9 @@ from shared.wire import MAX_FRAME_BYTES, Envelope, decode, encode
 METHOD = "/lacuna.Agent/Exchange"
 CHUNK_BYTES = 1024 * 1024
 MAX_CHUNK_BYTES = 4 * CHUNK_BYTES
+HEALTH = "health"
+"""A request that is answered at once, by an envelope of the same kind without content."""
+
 MAX_CONNECTIONS = 16
 """Connections that the front serves at once; a courier needs one, for one exchange."""
 
@@ -201,6 +204,9 @@ class AgentServer:
         except MalformedMessageError as error:
             return refused("malformed", str(error))
         del received
+        if request.kind == HEALTH:
+            # Says that the agent lives, and not whether it computes: how long it does depends on its data.
+            return Envelope(HEALTH, {})
         if not self._turn.acquire(timeout=self._busy_wait_s):
             return refused("busy", "the agent is working on another request")
         try:

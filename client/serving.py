@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from privacy.dp.execution_plan import check_plan
 from privacy.ledger import Ledger
 from privacy.secret_random import SecretRandom
 from shared.errors import LedgerError, SiteError, UsageError
+from shared.structured_log import log_events_to
 
 COMMITMENT = "site-key-commitment"
 
@@ -78,6 +80,7 @@ def serve_study(
     execution = check_plan(package.plan)
     with ExitStack() as resources:
         resources.callback(log_to(home.study(study_id) / "agent.log"))
+        resources.callback(log_events_to(home.study(study_id) / "agent.jsonl"))
         ledger = resources.enter_context(open_ledger(home))
         check_room(package.plan, policy=home.policy(), entries=ledger.entries())
         _commit_to_site_key(home, study_id, ledger)
@@ -99,9 +102,9 @@ def serve_study(
         )
         server = AgentServer(agent.handle)
         if options.tls is None:
-            server.listen_unix(
-                options.socket_path, allowed_uids=options.allowed_uids or None, group=options.group
-            )
+            # The agent's own user may ask how it is.
+            uids = options.allowed_uids | {os.geteuid()}
+            server.listen_unix(options.socket_path, allowed_uids=uids, group=options.group)
             address = str(options.socket_path)
         else:
             host, _, port = options.tls[0].rpartition(":")

@@ -70,6 +70,7 @@ from shared.plan_package import PlanPackage
 from shared.wire import Envelope, pack, unpack
 
 log = logging.getLogger("lacuna.site")
+events = logging.getLogger("lacuna.events.site")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -314,6 +315,7 @@ class SiteAgent:
     def _say(self, state: str, **facts: Any) -> None:
         """Status for ``lacuna site status``: what the agent does, nothing about patients."""
         value = {"state": state, "at": self._clock(), **facts}
+        events.info(state, extra={"facts": facts})
         try:
             write_private(self._directory / "status.json", json.dumps(value).encode(), durable=False)
         except OSError as error:

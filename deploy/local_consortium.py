@@ -14,7 +14,6 @@ after an exception, not after Ctrl-C, not when its process is killed. Nothing gl
 from __future__ import annotations
 
 import contextlib
-import http.client
 import json
 import os
 import re
@@ -22,7 +21,6 @@ import secrets
 import shutil
 import signal
 import socket
-import ssl
 import subprocess
 import tempfile
 import time
@@ -33,6 +31,7 @@ from typing import Literal
 
 from deploy.consortium_keys import ServerCertificate, make_server_certificate
 from deploy.flower_commands import FlowerCommands, flower_answer, flower_executable
+from deploy.superlink_health import superlink_answers
 from deploy.supervised import RunningProcess, SupervisedProcesses
 from shared.errors import CoordinatorError, SiteError
 from shared.node_keys import NodeKey, make_node_key
@@ -419,15 +418,7 @@ class LocalConsortium:
             raise CoordinatorError(f"the SuperLink does not answer; see {self.log('superlink')}")
 
     def _superlink_answers(self) -> bool:
-        context = ssl.create_default_context(cafile=str(self.keys_directory / "ca.pem"))
-        connection = http.client.HTTPSConnection("127.0.0.1", self._port, timeout=2, context=context)
-        try:
-            connection.request("GET", "/health")
-            return connection.getresponse().status == 200
-        except OSError:
-            return False
-        finally:
-            connection.close()
+        return superlink_answers(self._port, self.keys_directory / "ca.pem")
 
     def _write_flower_config(self) -> None:
         self._flower.write_config(CONNECTION, self._port, self.keys_directory / "ca.pem")

@@ -8,11 +8,11 @@ from pathlib import Path
 import click
 
 from deploy.cli.coordinator_network import add_network_commands
+from deploy.cli.coordinator_operations import add_operations_commands
 from deploy.cli.output import (
     console,
     json_option,
     print_json,
-    print_table,
     progress_bars,
     read_input,
     write_output,
@@ -325,37 +325,6 @@ def resume(study_id: str, flwr_home: Path, connection: str, as_json: bool) -> No
         click.echo(f"Flower run {run_id} continues study {study_id} after round {done}")
 
 
-@command.command("status")
-@study_option
-@json_option
-def status(study_id: str, as_json: bool) -> None:
-    """Rounds, attempts, drops and what happened last."""
-    from server.study_status import study_status
-
-    value = study_status(study_id)
-    if as_json:
-        print_json(value)
-        return
-    print_table(
-        f"study {study_id}: {value['completed_rounds']} of {value['rounds']} rounds",
-        ["attempt", "round", "purpose", "status", "survivors", "reason"],
-        [
-            [
-                str(entry["attempt"]),
-                str(entry["round"]),
-                entry["purpose"],
-                entry["status"],
-                ", ".join(entry["survivors"]),
-                entry["reason"],
-            ]
-            for entry in value["attempts"]
-            if entry["status"] != "void"
-        ],
-    )
-    for entry in value["events"][-5:]:
-        click.echo(f"  {entry['at']}  {entry['kind']}  {entry['body']}")
-
-
 @command.command("gate")
 @study_option
 @click.option("--out", type=PathType, help="Also copy the signed decision here, for approvals.")
@@ -475,3 +444,4 @@ def compare(
 
 
 add_network_commands(command)
+add_operations_commands(command)

@@ -13,7 +13,15 @@ PathType = click.Path(path_type=Path)
 
 def add_network_commands(group: click.Group) -> None:
     """Give the group the commands of this module."""
-    for command in (init_network, certify, revoke, certificates, perimeter, register_nodes):
+    for command in (
+        init_network,
+        renew_server,
+        certify,
+        revoke,
+        certificates,
+        perimeter,
+        register_nodes,
+    ):
         group.add_command(command)
 
 
@@ -26,6 +34,15 @@ def init_network(address: str) -> None:
     authority = CoordinatorHome.default().authority
     authority.create(address=address)
     click.echo(f"authority for {address}: {authority.root}; back ca.key up where nobody else reads it")
+
+
+@click.command("renew-server")
+def renew_server() -> None:
+    """Make a new key and certificate for this coordinator's own perimeter."""
+    from server.coordinator_home import CoordinatorHome
+
+    CoordinatorHome.default().authority.renew_server()
+    click.echo("renewed; now write the perimeter anew and reload nginx")
 
 
 @click.command("certify")

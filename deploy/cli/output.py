@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
+from rich.console import Console, RenderableType
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
@@ -29,12 +31,72 @@ def print_json(value: Any) -> None:
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A plain table. Cells are shown as they are: they may come from elsewhere, so they are no markup."""
+    console().print(plain_table(title, columns, rows))
+
+
+def plain_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """What :func:`print_table` prints."""
     table = Table(title=Text(title), title_justify="left", show_edge=False, pad_edge=False)
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
-    console().print(table)
+    return table
+
+
+def show_live(draw: Callable[[], RenderableType], *, every_s: float) -> None:
+    """Draw anew again and again, until the person interrupts it."""
+    with (
+        Live(draw(), console=console(), auto_refresh=False, screen=False) as live,
+        suppress(KeyboardInterrupt),
+    ):
+        while True:
+            time.sleep(every_s)
+            live.update(draw(), refresh=True)
+
+
+def print_findings(title: str, report: dict[str, Any]) -> None:
+    """A doctor's findings, worst first within their order, and how to mend each."""
+    mark = {"good": "ok", "look": "look", "bad": "BAD"}
+    rows = [[mark[f["state"]], f["name"], f["found"], f["mend"]] for f in report["findings"]]
+    print_table(title, ["", "what", "found", "how to mend it"], rows)
+
+
+def write_metrics(scrape: Callable[[], bytes], *, out: Path | None, listen: str | None) -> None:
+    """Prometheus text: to a file, to a loopback port until interrupted, or to standard output."""
+    if listen is not None:
+        host, _, number = listen.rpartition(":")
+        if host not in ("127.0.0.1", "localhost", "[::1]") or not number.isdigit():
+            raise UsageError("--listen takes a loopback address: 127.0.0.1:PORT")
+        serve_text(host.strip("[]"), int(number), scrape)
+    elif out is not None:
+        part = out.with_name(out.name + ".part")
+        write_output(part, scrape(), what="metrics", silent=True)
+        part.replace(out)
+    else:
+        click.echo(scrape().decode(), nl=False)
+
+
+def serve_text(host: str, port: int, scrape: Callable[[], bytes]) -> None:
+    """Answer GET /metrics until interrupted."""
+    from http.server import BaseHTTPRequestHandler, HTTPServer
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            found = self.path == "/metrics"
+            body = scrape() if found else b"see /metrics\n"
+            self.send_response(200 if found else 404)
+            self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            """Scrapes are not news."""
+
+    with HTTPServer((host, port), Handler) as server, suppress(KeyboardInterrupt):
+        click.echo(f"metrics: http://{host}:{server.server_port}/metrics", err=True)
+        server.serve_forever()
 
 
 @contextmanager

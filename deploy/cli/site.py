@@ -13,6 +13,7 @@ import click
 
 from client.site_home import SiteHome, init_site
 from client.site_policy import save_policy
+from client.site_status import named_study
 from deploy.cli.output import (
     json_option,
     print_json,
@@ -23,6 +24,7 @@ from deploy.cli.output import (
 )
 from deploy.cli.site_import import import_command
 from deploy.cli.site_network import add_network_commands
+from deploy.cli.site_operations import add_operations_commands
 from shared.errors import RefusedError, SiteError, UsageError
 from shared.home import private_directory, write_private
 from shared.plan_package import PACKAGE_FILES, open_plan_package
@@ -38,24 +40,6 @@ def command() -> None:
 
     State lives in LACUNA_HOME/site (default ~/.lacuna/site).
     """
-
-
-def _study(home: SiteHome, study: str | None) -> str:
-    """The study that was named, or the only one there is."""
-    approved = home.studies()
-    if study is not None:
-        if study not in approved:
-            raise SiteError(
-                f"this site has not approved a plan of study {study!r} "
-                f"(approved: {', '.join(approved) or 'none'})",
-                remedy="lacuna site approve PLAN",
-            )
-        return study
-    if len(approved) != 1:
-        raise UsageError(
-            "name the study: " + (f"this site has {', '.join(approved)}" if approved else "none is approved")
-        )
-    return approved[0]
 
 
 @command.command("init")
@@ -219,7 +203,7 @@ def serve(
     from client.unix_listener import user_id
 
     home = SiteHome.default()
-    study_id = _study(home, study)
+    study_id = named_study(home, study)
     tls: tuple[str, Path, Path, Path] | None = None
     if listen is not None:
         if certificate is None or tls_key is None or client_authority is None:
@@ -242,22 +226,6 @@ def serve(
         click.echo(f"site {home.site_id} serves study {study_id} on {running.address}")
         stopped.wait()
     click.echo("stopped")
-
-
-@command.command("status")
-@study_argument
-@json_option
-def status(study: str | None, as_json: bool) -> None:
-    """What the agent of a study is doing."""
-    home = SiteHome.default()
-    path = home.study(_study(home, study)) / "status.json"
-    if not path.exists():
-        raise SiteError("the agent has not run yet", remedy="lacuna site serve")
-    value = json.loads(path.read_bytes())
-    if as_json:
-        print_json(value)
-    else:
-        print_table(f"site {home.site_id}", ["what", "value"], [[k, str(v)] for k, v in value.items()])
 
 
 @command.command("budget")
@@ -297,7 +265,7 @@ def end_study(study: str, yes: bool) -> None:
     from client.serving import open_ledger
 
     home = SiteHome.default()
-    study_id = _study(home, study)
+    study_id = named_study(home, study)
     if not yes:
         click.confirm(f"end study {study_id} at site {home.site_id} for good?", abort=True)
     with open_ledger(home) as ledger:
@@ -327,7 +295,7 @@ def audit(study: str | None, veto: bool, report: Path | None, as_json: bool) -> 
     from client.audit_view import audit_lines
 
     home = SiteHome.default()
-    directory = home.study(_study(home, study))
+    directory = home.study(named_study(home, study))
     if veto:
         (directory / "veto").touch(mode=0o600)
         click.echo("veto recorded: the next verdict of this site carries it")
@@ -369,10 +337,11 @@ def approve_release(decision: Path, out: Path, study: str | None) -> None:
     from privacy.compliance.approvals import approve_decision
 
     home = SiteHome.default()
-    plan = home.approved_plan(_study(home, study)).plan
+    plan = home.approved_plan(named_study(home, study)).plan
     data = read_input(decision, what="gate decision")
     approval = approve_decision(data, plan=plan, key=home.identity(), role="site", site_id=home.site_id)
     write_output(out, approval, what="approval")
 
 
 add_network_commands(command)
+add_operations_commands(command)

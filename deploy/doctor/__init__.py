@@ -1,0 +1,1 @@
+"""What ``lacuna site doctor`` and ``lacuna coordinator doctor`` look at."""

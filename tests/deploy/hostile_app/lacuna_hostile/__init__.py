@@ -1,0 +1,1 @@
+"""An app bundle that does at every hospital what it was told to try."""
