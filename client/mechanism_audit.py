@@ -7,15 +7,24 @@ plan package and nothing else: no scan, no ledger, no key of a study.
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from privacy.audit.mechanism import AuditSize, MechanismAudit, NetworkUnderAudit, audit_mechanism
 from privacy.audit.mechanism_path import Progress
-from privacy.audit.mechanism_statement import MechanismStatement, make_statement
+from privacy.audit.mechanism_statement import (
+    MechanismStatement,
+    installed_software,
+    make_statement,
+)
+from privacy.audit.site_evidence import open_mechanism, sign_mechanism
 from privacy.dp.execution_plan import check_plan
 from privacy.dp.patient_gradients import NamedParameters, PerSampleLoss
+from shared.errors import LacunaError, RefusedError
+from shared.home import write_private
+from shared.identity import SigningKey
 from shared.model.candidate import load_prior
 from shared.model.diffusion import timesteps_from_uniform
 from shared.model.presets import preset_named
@@ -69,6 +78,56 @@ def installation_statement(
         false_failure_probability=audit.false_failure_probability,
         checks=audit.checks,
     )
+
+
+def audit_for_plan(
+    package: PlanPackage,
+    *,
+    site_id: str,
+    key: SigningKey,
+    path: Path,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> None:
+    """Audit this installation as the plan asks and keep the signed outcome at ``path``, pass or fail.
+
+    Nothing is run where the plan asks for no audit, or where ``path`` holds this site's audit of this plan
+    by the same software.
+
+    Raises:
+        RefusedError: this installation is not the mechanism that the plan claims.
+    """
+    canaries = package.plan.audit.mechanism_canaries
+    if not canaries:
+        return
+    statement = _kept_statement(package, site_id=site_id, key=key, path=path)
+    if statement is None:
+        audit = audit_installation(
+            package, size=AuditSize(canaries=canaries), device=device, progress=progress
+        )
+        statement = installation_statement(package, audit, site_id=site_id)
+        write_private(path, sign_mechanism(statement, key))
+    broken = [check.name for check in statement.checks if not check.passed]
+    if broken:
+        raise RefusedError(
+            "this installation is not the mechanism that the plan claims: " + ", ".join(broken),
+            remedy="do not serve with it; compare versions with the other sites and report what was measured",
+        )
+
+
+def _kept_statement(
+    package: PlanPackage, *, site_id: str, key: SigningKey, path: Path
+) -> MechanismStatement | None:
+    if not path.exists():
+        return None
+    try:
+        statement = open_mechanism(path.read_bytes(), key=key.verify_key)
+        statement.check(package.plan)
+    except LacunaError:
+        return None
+    same = statement.site_id == site_id and statement.software == installed_software()
+    enough = statement.canaries >= package.plan.audit.mechanism_canaries
+    return statement if same and enough else None
 
 
 def audit_table(audit: MechanismAudit) -> tuple[list[str], list[list[str]]]:

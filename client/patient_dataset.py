@@ -136,6 +136,14 @@ class SiteStore:
         """Hexadecimal digest of the site key, to be recorded before round 1: it fixes who is held out."""
         return digest("lacuna/site-key-commitment/v1", self._site_key).hex()
 
+    def canary_coins(self, plan_digest: bytes, count: int) -> tuple[bytes, tuple[bool, ...]]:
+        """(nonce of 32 bytes, fair coins) of a plan's in-run canaries; secret, and the same at every call."""
+        coins = (
+            bool(_hmac(self._site_key, "canary-coin", plan_digest + index.to_bytes(4, "big"))[0] & 1)
+            for index in range(count)
+        )
+        return _hmac(self._site_key, "canary-nonce", plan_digest), tuple(coins)
+
     def patient_key(self, patient_id: str) -> str:
         """What stands for a patient everywhere behind the import."""
         return _hmac(self._site_key, "patient", patient_id.encode()).hex()

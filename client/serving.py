@@ -12,7 +12,7 @@ from types import TracebackType
 from client.agent_service import AgentServer, MutualTls
 from client.commitments import check_room
 from client.patient_dataset import SiteStore
-from client.site_agent import SiteAgent, log_to
+from client.site_agent import MECHANISM_FILE, SiteAgent, log_to
 from client.site_home import SiteHome
 from privacy.dp.execution_plan import check_plan
 from privacy.ledger import Ledger
@@ -84,11 +84,23 @@ def serve_study(
         ledger = resources.enter_context(open_ledger(home))
         check_room(package.plan, policy=home.policy(), entries=ledger.entries())
         _commit_to_site_key(home, study_id, ledger)
+        from client.canaries import CanaryCoins, commit_to_canaries
+        from client.mechanism_audit import audit_for_plan
         from client.workbench import SiteWorkbench, set_threads
         from privacy.dp.second_accountant import check_planned_epsilon
 
         set_threads(options.threads)
         check_planned_epsilon(execution)
+        audit_for_plan(
+            package,
+            site_id=home.site_id,
+            key=home.identity(),
+            path=home.study(study_id) / MECHANISM_FILE,
+            device=options.device,
+            progress=progress,
+        )
+        store = SiteStore.open(home.store_path(study_id))
+        commit_to_canaries(CanaryCoins.of_store(store, package.plan, site_id=home.site_id), ledger)
         workbench = SiteWorkbench(
             home=home, package=package, secret=SecretRandom(), device=options.device, progress=progress
         )

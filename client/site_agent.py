@@ -24,7 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client.site_home import SiteHome
+from privacy.audit.canary_opening import CanaryOpening
 from privacy.audit.counts import CountsLayout
+from privacy.audit.site_evidence import sign_opening
 from privacy.audit.verdict import PlantedLeak
 from privacy.audit.verdict_statement import make_verdict_statement, sign_verdict
 from privacy.dp.execution_plan import ExecutionPlan
@@ -72,14 +74,19 @@ from shared.wire import Envelope, pack, unpack
 log = logging.getLogger("lacuna.site")
 events = logging.getLogger("lacuna.events.site")
 
+MECHANISM_FILE = "mechanism-audit.dsse.json"
+"""In the study's folder: this site's signed audit of its installation, where the plan asks for one."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class AuditedCandidate:
-    """What a site may say of its last audit: it depends on the candidate and public seeds alone."""
+    """What a site may say of its last audit: it depends on the candidate, public seeds, and coins of its own
+    canaries alone."""
 
     attempt: int
     candidate_sha256: str
     planted_leak: PlantedLeak
+    canaries: CanaryOpening | None = None
 
 
 class Workbench(Protocol):
@@ -306,8 +313,19 @@ class SiteAgent:
             ) from error
         self._say("verdict signed", attempt=request.attempt)
         ledger = export_statement(self._ledger.entries(), self._ledger.head(), self._key)
-        blobs = (sign_verdict(statement, self._key), ledger)
-        return Envelope(VERDICT_REPLY, {"site_id": self._site_id}, blobs)
+        also = self._evidence_beside(audited)
+        blobs = (sign_verdict(statement, self._key), ledger, *also.values())
+        return Envelope(VERDICT_REPLY, {"site_id": self._site_id, "also": list(also)}, blobs)
+
+    def _evidence_beside(self, audited: AuditedCandidate) -> dict[str, bytes]:
+        """What the plan asks for beside the verdict (``SITE_EVIDENCE``); the gate says what is missing."""
+        found = {}
+        path = self._directory / MECHANISM_FILE
+        if self._plan.audit.mechanism_canaries and path.exists():
+            found["mechanism-audits"] = path.read_bytes()
+        if self._plan.audit.canaries_per_site and audited.canaries is not None:
+            found["canary-openings"] = sign_opening(audited.canaries, self._key)
+        return found
 
     def _register_attempt(self, attempt: int) -> None:
         self._ledger.register_attempt(self._plan.study_id, attempt)

@@ -11,11 +11,15 @@ import torch
 from numpy.typing import NDArray
 
 from client.auditor import LocalAudit, audit_candidate
+from client.canaries import CanaryCoins
 from client.latent_cache import LatentCache
 from client.patient_dataset import SiteStore
 from client.site_agent import AuditedCandidate
 from client.site_home import SiteHome
+from privacy.audit.bounds import FloatArray
+from privacy.audit.canary_opening import CanaryOpening
 from privacy.audit.counts import CountsLayout
+from privacy.audit.membership import AttackNoise, attack_losses
 from privacy.dp.execution_plan import ExecutionPlan
 from privacy.dp.noise import audit_noise_share
 from privacy.dp.trainer import PatientTrainer
@@ -26,7 +30,7 @@ from shared.home import write_private
 from shared.model.autoencoder import LatentAutoencoder, build_autoencoder
 from shared.model.candidate import load_prior, write_candidate
 from shared.model.conditioning import ConditionTable
-from shared.model.denoiser import assign
+from shared.model.denoiser import Denoiser, assign
 from shared.model.diffusion import timesteps_from_uniform
 from shared.model.presets import preset_named
 from shared.model.weights import load_weights
@@ -78,7 +82,13 @@ class SiteWorkbench:
         self._execution = ExecutionPlan.from_study_plan(plan)
         self._counts = CountsLayout.from_plan(plan)
         self._autoencoder = load_autoencoder(plan, package.autoencoder).to(device)
-        self._load_patients(SiteStore.open(home.store_path(plan.study_id)))
+        store = SiteStore.open(home.store_path(plan.study_id))
+        self._load_patients(store)
+        self._coins = CanaryCoins.of_store(store, plan, site_id=home.site_id)
+        self._canaries = self._coins.patients(
+            preset_named(plan.model.preset).latent_shape(plan.data.grid_shape)
+        )
+        self._training_set = [*self.members, *self._coins.trained_on(self._canaries)]
         self._denoiser, self._parameters = load_prior(plan, package.prior)
         self._denoiser.to(device)
         public, _ = load_prior(plan, package.prior)
@@ -120,11 +130,11 @@ class SiteWorkbench:
         privacy = self._plan.privacy
         match privacy.mode:
             case "distributed":
-                return self._trainer.distributed_update(self.members)
+                return self._trainer.distributed_update(self._training_set)
             case "local":
-                return self._trainer.local_update(self.members, steps=privacy.local_steps)
+                return self._trainer.local_update(self._training_set, steps=privacy.local_steps)
             case "unprotected":
-                return self._trainer.unprotected_update(self.members, steps=privacy.local_steps)
+                return self._trainer.unprotected_update(self._training_set, steps=privacy.local_steps)
 
     def audit_vector(self, weights: NDArray[np.float32], *, attempt: int) -> NDArray[np.int64]:
         """See :class:`client.site_agent.Workbench`. Raw figures go to the site's own ``audit.json``."""
@@ -153,9 +163,38 @@ class SiteWorkbench:
         )
         path = self._directory / "candidate.safetensors"
         sha256 = write_candidate(self._plan, self._package.prior, weights, path)
-        record = {"attempt": attempt, "candidate_sha256": sha256, "figures": audit.to_dict()}
+        opening = self._coins.opening(
+            self._canary_scores(candidate), candidate_sha256=sha256, attempt=attempt
+        )
+        record = {
+            "attempt": attempt,
+            "candidate_sha256": sha256,
+            "figures": audit.to_dict(),
+            "canaries": opening.to_dict(),
+        }
         write_private(self._directory / "audit.json", canonical_json(record))
         return audit
+
+    def _canary_scores(self, candidate: Denoiser) -> FloatArray:
+        """The primary attack on the in-run canaries, in or out."""
+        clause = self._plan.audit
+        noise = AttackNoise.from_plan_digest(
+            self._plan.digest(),
+            timesteps=clause.timesteps,
+            draws_per_timestep=clause.draws_per_timestep,
+            latent_shape=candidate.preset.latent_shape(self._plan.data.grid_shape),
+        )
+        losses = attack_losses(
+            self._public,
+            candidate,
+            self._canaries,
+            loss=candidate.diffusion.per_sample_loss,
+            noise=noise,
+            device=self._device,
+            stage="canaries",
+            progress=self._progress,
+        )
+        return losses.score_P
 
     def last_audit(self) -> AuditedCandidate | None:
         """See :class:`client.site_agent.Workbench`."""
@@ -167,6 +206,7 @@ class SiteWorkbench:
             attempt=record["attempt"],
             candidate_sha256=record["candidate_sha256"],
             planted_leak=LocalAudit.from_dict(record["figures"]).planted_leak,
+            canaries=CanaryOpening.from_dict(record["canaries"]) if "canaries" in record else None,
         )
 
 

@@ -32,6 +32,8 @@ from shared.errors import CoordinatorError, LacunaError, SiteError, UsageError
 STUDY = "demo"
 RUN_TIMEOUT_S = 3600.0
 MAX_RESUMES = 3
+MECHANISM_CANARIES = 256
+"""A quarter of the default: three agents share this machine."""
 MARKER = ".lacuna-demo"
 
 
@@ -261,7 +263,7 @@ class Demo:
 
     def _plan_choices(self, choices: Sequence[str]) -> list[str]:
         options = self.options
-        own = ["--epsilon", str(options.epsilon)]
+        own = ["--epsilon", str(options.epsilon), "--mechanism-canaries", str(MECHANISM_CANARIES)]
         if options.rounds is not None:
             own += ["--rounds", str(options.rounds)]
         return [*choices, *own]

@@ -20,6 +20,7 @@ from shared.errors import CoordinatorError, LacunaError, PeerError, RefusedError
 from shared.home import write_private
 from shared.identity import SigningKey
 from shared.plan_package import hash_file
+from shared.study_plan import SITE_EVIDENCE
 
 
 def decide(store: StudyStore, key: SigningKey) -> GateDecision:
@@ -44,6 +45,7 @@ def decide(store: StudyStore, key: SigningKey) -> GateDecision:
             plan_envelope=package.envelope,
             ledgers=_by_site(store.evidence / "ledgers"),
             verdicts=_by_site(store.evidence / "verdicts"),
+            site_evidence={kind: _by_site(store.evidence / kind) for kind in SITE_EVIDENCE},
             candidate_sha256=hash_file(store.candidate_path),
             autoencoder_sha256=hash_file(package.autoencoder),
             attempts=store.attempts(),
@@ -131,6 +133,7 @@ def release(store: StudyStore, key: SigningKey, *, license_text: str | None = No
             plan_envelope=package.envelope,
             ledgers=_by_site(store.evidence / "ledgers"),
             verdicts=_by_site(store.evidence / "verdicts"),
+            site_evidence={kind: _by_site(store.evidence / kind) for kind in SITE_EVIDENCE},
             decision=store.decision_path.read_bytes(),
             approvals=approvals,
             plan_approvals=_by_site(store.plan_approvals),

@@ -47,6 +47,8 @@ class PlanChoices:
     threshold: int | None = None
     max_attempts: int | None = None
     copy_samples: int = 64
+    mechanism_canaries: int = 1024
+    canaries_per_site: int = 0
     min_power: float = 0.5
     low_power: Literal["refuse", "accept"] = "refuse"
     site_approvals: int | None = None
@@ -121,7 +123,14 @@ def draft_plan(choices: PlanChoices, *, roster: RosterClause, public: Path) -> S
         copy_samples=choices.copy_samples,
         noised=choices.mode != "unprotected",
         guidance_scale=guidance_scale,
-    ).model_copy(update={"min_power": choices.min_power, "low_power": choices.low_power})
+    ).model_copy(
+        update={
+            "min_power": choices.min_power,
+            "low_power": choices.low_power,
+            "mechanism_canaries": choices.mechanism_canaries if choices.mode == "distributed" else 0,
+            "canaries_per_site": choices.canaries_per_site,
+        }
+    )
     plan = parse_plan(
         {
             "format": "lacuna/study-plan/v1",

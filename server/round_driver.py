@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privacy.audit.counts import CountsLayout
+from privacy.audit.site_evidence import open_mechanism, open_opening
 from privacy.audit.verdict_statement import VerdictMismatchError, open_verdict
 from privacy.dp.execution_plan import check_plan
 from privacy.ledger_chain import read_export
@@ -36,9 +37,18 @@ from shared.agent_messages import VERDICT_REPLY, VerdictRequest
 from shared.canonical import canonical_json, parse_json
 from shared.errors import CoordinatorError, LacunaError, MalformedMessageError, PeerError
 from shared.home import write_private
+from shared.identity import VerifyKey
 from shared.model.candidate import load_prior, write_candidate
 from shared.model.denoiser import flatten
+from shared.study_plan import SITE_EVIDENCE
 from shared.wire import Envelope
+
+_OPENERS: dict[str, Callable[[bytes, VerifyKey, str], object]] = {
+    "mechanism-audits": lambda data, key, site: open_mechanism(
+        data, key=key, what=f"mechanism audit of {site}"
+    ),
+    "canary-openings": lambda data, key, site: open_opening(data, key=key, what=f"canary opening of {site}"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -332,10 +342,16 @@ class RoundDriver:
         Raises:
             MalformedMessageError, PeerError: something else; the gate could do nothing with it.
         """
-        if reply.kind != VERDICT_REPLY or len(reply.blobs) != 2:
+        also = reply.body.get("also")
+        if (
+            reply.kind != VERDICT_REPLY
+            or not isinstance(also, list)
+            or also != [kind for kind in SITE_EVIDENCE if kind in also]
+            or len(reply.blobs) != 2 + len(also)
+        ):
             raise MalformedMessageError(f"{site_id} answered with a {reply.kind!r} in place of a verdict")
         key = self._plan.site(site_id).verify_key
-        verdict, ledger = (bytes(blob) for blob in reply.blobs)
+        verdict, ledger, *beside = (bytes(blob) for blob in reply.blobs)
         statement = open_verdict(verdict, key=key, what=f"verdict of {site_id}")
         statement.check(self._plan)
         asked = (site_id, request.candidate_sha256, request.run_id, request.attempt)
@@ -346,7 +362,10 @@ class RoundDriver:
         ):
             raise VerdictMismatchError(f"the verdict of {site_id} is not about the audit that was asked for")
         read_export(ledger, key, what=f"ledger of {site_id}")
-        for folder, data in (("ledgers", ledger), ("verdicts", verdict)):
+        for kind, data in zip(also, beside, strict=True):
+            _OPENERS[kind](data, key, site_id)
+        # The verdict is written last: a site with one is not asked again.
+        for folder, data in (*zip(also, beside, strict=True), ("ledgers", ledger), ("verdicts", verdict)):
             path = self._store.evidence / folder / f"{site_id}.dsse.json"
             path.parent.mkdir(parents=True, exist_ok=True)
             write_private(path, data)

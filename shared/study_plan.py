@@ -25,6 +25,8 @@ from shared.identity import VerifyKey
 
 _LATER_KEYS: dict[tuple[str, str], Any] = {
     ("audit", "secondary_attacks"): [],
+    ("audit", "mechanism_canaries"): 0,
+    ("audit", "canaries_per_site"): 0,
     ("data", "covariates"): [],
 }
 
@@ -32,6 +34,9 @@ UNKNOWN_COVARIATE = "unknown"
 MAX_COVARIATE_CELLS = 2**24
 MAX_PLAN_BYTES = 1024 * 1024
 MAX_SITES = 100
+
+SITE_EVIDENCE = ("mechanism-audits", "canary-openings")
+"""What a site signs beside its verdict where the plan asks for it; folder names in stores and bundles."""
 
 Identifier = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
 PublicKeyHex = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -319,6 +324,11 @@ class AuditClause(Clause):
     """The gate refuses when the lower end of the pooled attack's AUC interval is above this."""
     power_at_auc: float = Field(default=0.9, gt=0.5, lt=1)
     secondary_attacks: tuple[SecondaryAttackClause, ...] = Field(default=(), max_length=16)
+    mechanism_canaries: int = Field(default=0, ge=0, le=100_000)
+    """Least number of canaries in the mechanism audit that every site's installation has to pass; 0: none
+    is asked for."""
+    canaries_per_site: int = Field(default=0, ge=0, le=1000)
+    """In-run canaries: synthetic patients at each site, each trained on if a committed fair coin says so."""
 
     @property
     def pooled_attacks(self) -> tuple[SecondaryAttackClause, ...]:
@@ -378,6 +388,8 @@ class StudyPlan(Clause):
             raise ValueError(f"mode distributed needs threshold - max_colluding >= 2, not {t - c}")
         if self.privacy.mode == "unprotected" and not self.data.simulated:
             raise ValueError("mode unprotected is for simulated data only")
+        if self.audit.mechanism_canaries and self.privacy.mode != "distributed":
+            raise ValueError("audit.mechanism_canaries: the mechanism audit covers mode distributed alone")
         if self.release.site_approvals > n:
             raise ValueError("release.site_approvals is larger than the number of sites")
         return self

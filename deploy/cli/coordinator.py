@@ -161,6 +161,21 @@ def plan_group() -> None:
 @click.option("--max-attempts", type=int, help="Default: rounds plus max(3, 20%).")
 @click.option("--min-power", type=float, default=0.5, show_default=True, help="Least power of the audit.")
 @click.option("--low-power", type=click.Choice(["refuse", "accept"]), default="refuse", show_default=True)
+@click.option(
+    "--mechanism-canaries",
+    type=click.IntRange(0, 100_000),
+    default=1024,
+    show_default=True,
+    help="Of the mechanism audit that every site's installation has to pass; 0: none is asked for.",
+)
+@click.option(
+    "--canaries",
+    "canaries_per_site",
+    type=click.IntRange(0, 1000),
+    default=0,
+    show_default=True,
+    help="In-run canaries at each site: synthetic patients, trained on if a committed coin says so.",
+)
 @click.option("--simulated", is_flag=True, help="Every scan of this study is simulated.")
 @click.option(
     "--valid-days",
@@ -189,12 +204,15 @@ def plan_new(
     max_attempts: int | None,
     min_power: float,
     low_power: str,
+    mechanism_canaries: int,
+    canaries_per_site: int,
     simulated: bool,
     valid_days: int,
 ) -> None:
     """Propose a plan: noise, ranges and thresholds follow from a few choices. Edit plan.toml if you must."""
     from datetime import UTC, datetime, timedelta
 
+    from privacy.audit.canary_opening import canary_outlook
     from server.coordinator_home import CoordinatorHome
     from server.planning import PlanChoices, draft_plan
 
@@ -219,6 +237,8 @@ def plan_new(
         max_attempts=max_attempts,
         min_power=min_power,
         low_power=low_power,  # type: ignore[arg-type]
+        mechanism_canaries=mechanism_canaries,
+        canaries_per_site=canaries_per_site,
         simulated=simulated,
         expires=datetime.now(UTC).date() + timedelta(days=valid_days),
     )
@@ -232,6 +252,8 @@ def plan_new(
         f"{plan.model.dimension:,} parameters ({plan.model.trainable}) train privately; "
         f"sigma {privacy.noise_multiplier:.3f} over {privacy.max_attempts} attempts"
     )
+    if plan.audit.canaries_per_site:
+        click.echo(canary_outlook(plan))
 
 
 @plan_group.command("sign")

@@ -144,7 +144,7 @@ def audit_mechanism(
     """
     from client.mechanism_audit import audit_dict, audit_installation, audit_table, installation_statement
     from client.workbench import set_threads
-    from privacy.audit.mechanism_statement import sign_mechanism
+    from privacy.audit.site_evidence import sign_mechanism
 
     package = open_plan_package(plan_root)
     home = None if out is None else SiteHome.default()

@@ -14,9 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from privacy.audit.mechanism_statistics import FALSE_FAILURE_PROBABILITY, Check
-from shared.attestation import Statement, Subject, open_statement, sign_statement
 from shared.errors import MalformedMessageError, PeerError
-from shared.identity import SigningKey, VerifyKey
 from shared.study_plan import StudyPlan
 
 PREDICATE_TYPE = "mechanism-audit/v1"
@@ -159,28 +157,6 @@ def installed_software() -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = "not installed"
     return found
-
-
-def sign_mechanism(statement: MechanismStatement, key: SigningKey) -> bytes:
-    """DSSE envelope; the subject is the plan."""
-    subjects = (Subject(name="plan", sha256=statement.plan_sha256),)
-    return sign_statement(
-        Statement(predicate_type=PREDICATE_TYPE, subjects=subjects, predicate=statement.to_dict()), key
-    )
-
-
-def open_mechanism(data: bytes, *, key: VerifyKey, what: str = "mechanism audit") -> MechanismStatement:
-    """Verify the signature, then parse. Call :meth:`MechanismStatement.check` next.
-
-    Raises:
-        MalformedMessageError: not such an envelope, or its subject is not the plan of its predicate.
-        BadSignatureError: no valid signature of that key.
-    """
-    opened = open_statement(data, key=key, predicate_type=PREDICATE_TYPE, what=what)
-    statement = MechanismStatement.from_dict(opened.predicate)
-    if {subject.name: subject.sha256 for subject in opened.subjects} != {"plan": statement.plan_sha256}:
-        raise MalformedMessageError(f"{what}: subject and predicate name different plans")
-    return statement
 
 
 def _check_from(value: Any) -> Check:

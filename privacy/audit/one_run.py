@@ -102,20 +102,20 @@ def one_run_gaussian_epsilon(
     return gaussian_epsilon(one_run_mu(n_correct, n_guesses, n_canaries, error=error), delta)
 
 
-def one_run_power(n_guesses: int, n_canaries: int, *, mu: float, error: float, accuracy: float) -> float:
-    """Probability to refute ``mu`` if each guess is right with probability ``accuracy``, independently."""
+def one_run_power(n_guesses: int, refuted: Callable[[int], bool], *, accuracy: float) -> float:
+    """Probability of a refutation if each guess is right with probability ``accuracy``, independently.
+
+    Args:
+        refuted: The test: whether so many right guesses refute the claim.
+    """
     if not 0.0 <= accuracy <= 1.0:
         raise UsageError(f"an accuracy lies between 0 and 1, not {accuracy}")
-    needed = right_guesses_needed(n_guesses, n_canaries, mu=mu, error=error)
+    needed = right_guesses_needed(n_guesses, refuted)
     return 0.0 if needed is None else _tail(needed, n_guesses, accuracy)
 
 
-def right_guesses_needed(n_guesses: int, n_canaries: int, *, mu: float, error: float) -> int | None:
-    """Smallest number of right guesses that refutes ``mu``; None where even all of them do not."""
-
-    def refuted(n_correct: int) -> bool:
-        return gaussian_claim_refuted(n_correct, n_guesses, n_canaries, mu=mu, error=error)
-
+def right_guesses_needed(n_guesses: int, refuted: Callable[[int], bool]) -> int | None:
+    """Smallest number of right guesses that refutes the claim; None where even all of them do not."""
     if not refuted(n_guesses):
         return None
     low, high = -1, n_guesses  # refuted at high, not at low

@@ -6,8 +6,9 @@ stands in no verdict.
 
 One significance level (``audit.significance``) is split before anything is looked at: evenly over the
 attempts that the plan allows, then half to the primary attack and an eighth to each of the other four tests.
-Where the plan pools secondary attacks they get half of the primary attack's share, evenly. Sites share one
-test each: their counts are added up before anything is tested.
+Where the plan pools secondary attacks they get half of the primary attack's share, evenly; where it has
+in-run canaries, an eighth of everything is theirs. Sites have no tests of their own to split it over: their
+counts are added up before anything is tested.
 """
 
 from __future__ import annotations
@@ -171,13 +172,18 @@ class PooledVerdict:
 def level_share(clause: AuditClause, condition: str) -> float:
     """The share of ``audit.significance`` that one test gets, before the split over attempts.
 
-    Of ``secondary_attacks`` each attack is a test of its own.
+    Of ``secondary_attacks`` each attack is a test of its own; ``canaries`` is the one-run test of all sites'
+    in-run canaries.
     """
-    pooled = len(clause.pooled_attacks)
+    pooled, of_canaries = len(clause.pooled_attacks), 1 / 8
+    if condition == "canaries":
+        return of_canaries
+    share = _SHARES["membership_attack" if condition == SECONDARY else condition]
     if condition == SECONDARY:
-        return _SHARES["membership_attack"] / 2.0 / max(pooled, 1)
-    share = _SHARES[condition]
-    return share / 2.0 if pooled and condition == "membership_attack" else share
+        share /= 2.0 * max(pooled, 1)
+    elif condition == "membership_attack" and pooled:
+        share /= 2.0
+    return share * (1.0 - of_canaries) if clause.canaries_per_site else share
 
 
 def level_of_test(plan: StudyPlan, condition: str) -> float:

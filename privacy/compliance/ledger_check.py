@@ -9,7 +9,7 @@ changed, removed, repeated or out of order is named.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +67,15 @@ class ChargeEntry:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NoteEntry:
+    """An entry that charges nothing, such as a commitment; ``details`` is what the site wrote."""
+
+    sequence: int
+    kind: str
+    details: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
 class SeenHead:
     """A head of a ledger that somebody else keeps a receipt of; hashes and signature in hex."""
 
@@ -97,6 +106,7 @@ class CheckedLedger:
     site_key: str
     charges: tuple[ChargeEntry, ...]
     entry_hashes: tuple[str, ...]
+    notes: tuple[NoteEntry, ...] = ()
 
     @property
     def length(self) -> int:
@@ -147,7 +157,11 @@ def open_ledger(data: bytes, *, key: str, what: str, seen: Iterable[SeenHead] = 
     if statement.subjects != {f"ledger/{ledger_id}": hashes[-1]}:
         raise EvidenceError(f"{what}: its subject is not its last entry")
     ledger = CheckedLedger(
-        ledger_id=ledger_id, site_key=key, charges=_charges(entries, what), entry_hashes=hashes
+        ledger_id=ledger_id,
+        site_key=key,
+        charges=_charges(entries, what),
+        entry_hashes=hashes,
+        notes=_notes(entries),
     )
     for receipt in (head, *seen):
         check_seen(ledger, receipt, what=what)
@@ -285,6 +299,14 @@ def _charges(entries: list[dict[str, Any]], what: str) -> tuple[ChargeEntry, ...
             )
         )
     return tuple(charges)
+
+
+def _notes(entries: list[dict[str, Any]]) -> tuple[NoteEntry, ...]:
+    return tuple(
+        NoteEntry(sequence=entry["sequence"], kind=entry["body"]["kind"], details=entry["body"]["details"])
+        for entry in entries
+        if isinstance(entry["body"].get("details"), dict) and isinstance(entry["body"].get("kind"), str)
+    )
 
 
 def _event(value: Any, where: str) -> ChargedEvent:

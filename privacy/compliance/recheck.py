@@ -19,6 +19,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from privacy.audit.verdict import PlantedLeak, PooledVerdict, compute_verdict
+from privacy.compliance.asked_conditions import ASKED_FOR
 from privacy.compliance.dsse import EvidenceError, SignedStatement, open_signed, sha256_hex
 from privacy.compliance.epsilon import SpentEpsilon, spent_epsilon
 from privacy.compliance.ledger_check import ChargedEvent, ChargeEntry, CheckedLedger, SeenHead, open_ledger
@@ -69,6 +70,7 @@ class Evidence:
     candidate_sha256: str
     autoencoder_sha256: str
     seen_heads: Mapping[str, Sequence[SeenHead]] = field(default_factory=dict)
+    site_evidence: Mapping[str, Mapping[str, bytes]] = field(default_factory=dict)
 
 
 class OpenedEvidence:
@@ -517,6 +519,7 @@ _ASKED_FOR: dict[str, tuple[Callable[[StudyPlan], bool], Callable[[OpenedEvidenc
         lambda plan: bool(plan.audit.pooled_attacks),
         _audit_condition("secondary_attacks"),
     ),
+    **ASKED_FOR,
 }
 
 

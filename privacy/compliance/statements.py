@@ -23,7 +23,7 @@ from privacy.compliance.dsse import EvidenceError, decode_base64, open_signed, s
 from privacy.compliance.ledger_check import LEDGER_PREDICATE
 from privacy.compliance.page import Verbatim
 from shared.identity import VerifyKey
-from shared.study_plan import StudyPlan
+from shared.study_plan import SITE_EVIDENCE, StudyPlan
 
 PLAN_SIGNATURE_NAME = "attestations/plan.dsse.json"
 RELEASE_NAME = "attestations/release.dsse.json"
@@ -33,17 +33,23 @@ MAX_SHOWN_CHARACTERS = 400_000
 MAX_SHOWN_IN_ALL = 8_000_000
 """Characters of all statements together: many of them are each cut shorter, so that a page can be opened."""
 
-_OF_SITE = re.compile(r"attestations/(plan-approvals|ledgers|verdicts)/([a-z0-9][a-z0-9-]{0,62})\.dsse\.json")
+_OF_SITE = re.compile(
+    r"attestations/(plan-approvals|ledgers|verdicts|mechanism-audits|canary-openings)/"
+    r"([a-z0-9][a-z0-9-]{0,62})\.dsse\.json"
+)
 _KINDS = {
     "plan-approvals": ("Approval of the plan", PLAN_APPROVAL_PREDICATE),
     "ledgers": ("Privacy ledger", LEDGER_PREDICATE),
     "verdicts": ("Audit verdict", "verdict/v1"),
+    "mechanism-audits": ("Mechanism audit", "mechanism-audit/v1"),
+    "canary-openings": ("Coins of the in-run canaries", "canary-opening/v1"),
 }
 _ORDER = (
     PLAN_SIGNATURE_NAME,
     "plan-approvals",
     "ledgers",
     "verdicts",
+    *SITE_EVIDENCE,
     DECISION_NAME,
     "approvals",
     RELEASE_NAME,

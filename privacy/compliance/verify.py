@@ -34,7 +34,7 @@ from privacy.compliance.release_log import LogEntry, LogHead, read_log_file
 from privacy.compliance.validity import check_in_force
 from shared.errors import LacunaError
 from shared.identity import VerifyKey
-from shared.study_plan import StudyPlan, parse_plan
+from shared.study_plan import SITE_EVIDENCE, StudyPlan, parse_plan
 
 RELEASE = "attestations/release.dsse.json"
 DECISION = "attestations/gate-decision.dsse.json"
@@ -56,7 +56,10 @@ REQUIRED_FILES = (
 )
 MAX_FILES = 2000
 MAX_SMALL_FILE_BYTES = 32 * 1024 * 1024
-_OF_SITE = re.compile(r"attestations/(ledgers|verdicts|plan-approvals)/([a-z0-9][a-z0-9-]{0,62})\.dsse\.json")
+_OF_SITE = re.compile(
+    rf"attestations/({'|'.join(('ledgers', 'verdicts', 'plan-approvals', *SITE_EVIDENCE))})/"
+    r"([a-z0-9][a-z0-9-]{0,62})\.dsse\.json"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -371,6 +374,7 @@ class _Verification:
                 plan_approvals=self._by_site("plan-approvals"),
                 ledgers=self._by_site("ledgers"),
                 verdicts=self._by_site("verdicts"),
+                site_evidence={kind: self._by_site(kind) for kind in SITE_EVIDENCE},
                 decision={} if self.decision is None else self.decision.predicate,
                 candidate_sha256=self.digests.get(DENOISER, ""),
                 autoencoder_sha256=self.digests.get(AUTOENCODER, ""),

@@ -26,6 +26,7 @@ from privacy.compliance.approvals import (
 from privacy.compliance.dsse import EvidenceError, SignedStatement, sha256_hex
 from privacy.compliance.validity import check_in_force
 from privacy.compliance.verify import verify_bundle
+from server.release.gate_evidence import site_evidence_files
 from server.release.log import append_release
 from server.release.model_card import model_card
 from server.release.monai_config import BUNDLE_FORMAT, bundle_metadata, inference_config, software_versions
@@ -56,6 +57,7 @@ class ReleaseEvidence:
     decision: bytes
     approvals: Sequence[bytes]
     plan_approvals: Mapping[str, bytes] = field(default_factory=dict)
+    site_evidence: Mapping[str, Mapping[str, bytes]] = field(default_factory=dict)
 
     def files(self) -> dict[str, bytes]:
         """Bundle path to bytes, approvals and release statement left out."""
@@ -65,6 +67,7 @@ class ReleaseEvidence:
             **{f"attestations/plan-approvals/{s}.dsse.json": d for s, d in self.plan_approvals.items()},
             **{f"attestations/ledgers/{s}.dsse.json": d for s, d in self.ledgers.items()},
             **{f"attestations/verdicts/{s}.dsse.json": d for s, d in self.verdicts.items()},
+            **site_evidence_files(self.site_evidence),
             DECISION_NAME: self.decision,
         }
 

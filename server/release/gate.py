@@ -14,7 +14,13 @@ from typing import Any
 
 from privacy.compliance.approvals import DECISION_PREDICATE
 from server.release.gate_conditions import CHECKS, conditions_of
-from server.release.gate_evidence import GateEvidence, GateInputs, SiteSpending, in_words
+from server.release.gate_evidence import (
+    GateEvidence,
+    GateInputs,
+    SiteSpending,
+    in_words,
+    site_evidence_files,
+)
 from shared.attestation import Statement, Subject, sign_statement
 from shared.errors import CoordinatorError
 from shared.identity import SigningKey
@@ -127,6 +133,7 @@ def sign_decision(decision: GateDecision, key: SigningKey, *, at: str) -> bytes:
         **{f"attestations/plan-approvals/{s}.dsse.json": d for s, d in (inputs.plan_approvals or {}).items()},
         **{f"attestations/ledgers/{s}.dsse.json": d for s, d in inputs.ledgers.items()},
         **{f"attestations/verdicts/{s}.dsse.json": d for s, d in inputs.verdicts.items()},
+        **site_evidence_files(inputs.site_evidence),
     }
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()} | {
         "models/autoencoder.safetensors": inputs.autoencoder_sha256,

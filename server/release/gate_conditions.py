@@ -17,6 +17,11 @@ from privacy.dp.accounting import PrivacyEvent
 from privacy.dp.execution_plan import ExecutionPlan, check_plan
 from privacy.ledger_chain import read_export
 from server.release.gate_evidence import GateEvidence
+from server.release.site_evidence_conditions import (
+    canaries_committed,
+    canaries_guessed,
+    mechanism_audits,
+)
 from shared.attestation import open_statement
 from shared.errors import LacunaError
 from shared.identity import VerifyKey
@@ -54,12 +59,18 @@ TITLES = {
     "audit-control-planted-leak": "Control: a planted leak is seen",
     "audit-copies": "Copies: patients whom a generated scan comes too close to",
     "audit-secondary-attacks": "Secondary membership attacks whose counts the plan pools",
+    "mechanism-audits": "Mechanism audit: every installation clips and noises as the plan says",
+    "canaries-committed": "In-run canaries: coins fixed before training, and opened",
+    "audit-canaries": "In-run canaries: no more coins guessed than the promise allows",
     "no-veto": "No site vetoes",
 }
 """Every condition, in the order in which it is listed."""
 
 _ASKED_FOR: dict[str, Callable[[StudyPlan], bool]] = {
     "audit-secondary-attacks": lambda plan: bool(plan.audit.pooled_attacks),
+    "mechanism-audits": lambda plan: plan.audit.mechanism_canaries > 0,
+    "canaries-committed": lambda plan: plan.audit.canaries_per_site > 0,
+    "audit-canaries": lambda plan: plan.audit.canaries_per_site > 0,
 }
 
 
@@ -401,6 +412,9 @@ CHECKS: dict[str, Callable[[GateEvidence], Result]] = {
     "verdicts-candidate": _verdicts_candidate,
     "verdicts-agree": _verdicts_agree,
     "verdicts-recomputed": _verdicts_recomputed,
+    "mechanism-audits": mechanism_audits,
+    "canaries-committed": canaries_committed,
+    "audit-canaries": canaries_guessed,
     "no-veto": _no_veto,
     **{f"audit-{name.replace('_', '-')}": _audit_check(name) for name in (*AUDIT_CONDITIONS, SECONDARY)},
 }

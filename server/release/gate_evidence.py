@@ -32,6 +32,7 @@ class GateInputs:
         attempts: The coordinator's record of every attempt, of both purposes.
         at: Time of the decision, ``2026-01-31T12:00:00Z``; needed where the plan has a last day.
         seen_heads: Heads of the sites' ledgers that the coordinator saw in key messages.
+        site_evidence: What sites signed beside their verdicts, by kind (``SITE_EVIDENCE``) and site.
     """
 
     plan: StudyPlan
@@ -44,6 +45,7 @@ class GateInputs:
     at: str = ""
     plan_approvals: Mapping[str, bytes] | None = None
     seen_heads: Mapping[str, Sequence[LedgerHead]] = field(default_factory=dict)
+    site_evidence: Mapping[str, Mapping[str, bytes]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +154,15 @@ class GateEvidence:
             )
         return tuple(rows)
 
+    def auditors(self) -> list[str]:
+        """Sites that took part in the completed audit; all of the roster where there is none."""
+        done = self.completed("audit")
+        return list(done[-1].survivors) if done else self.sites
+
+    def beside_verdicts(self, kind: str) -> Mapping[str, bytes]:
+        """What sites signed beside their verdicts, of one kind of ``SITE_EVIDENCE``."""
+        return self.inputs.site_evidence.get(kind, {})
+
     @cached_property
     def recomputed(self) -> dict[str, PooledVerdict]:
         """By site: the verdict computed here from the counts that the site signed."""
@@ -163,6 +174,15 @@ class GateEvidence:
             )
             for site_id, verdict in self.verdicts.items()
         }
+
+
+def site_evidence_files(evidence: Mapping[str, Mapping[str, bytes]]) -> dict[str, bytes]:
+    """Bundle path to bytes of what sites signed beside their verdicts."""
+    return {
+        f"attestations/{kind}/{site}.dsse.json": data
+        for kind, by_site in evidence.items()
+        for site, data in by_site.items()
+    }
 
 
 def in_words(error: Exception) -> str:

@@ -19,9 +19,8 @@ from privacy.audit.mechanism_statement import (
     CLAIMS,
     MechanismMismatchError,
     MechanismStatement,
-    open_mechanism,
-    sign_mechanism,
 )
+from privacy.audit.site_evidence import open_mechanism, sign_mechanism
 from privacy.dp import trainer as trainer_module
 from privacy.dp.calibration import propose_privacy
 from privacy.dp.noise import noise_share

@@ -34,6 +34,16 @@ import jax_privacy_figures as other
 KNOWN: dict[str, Any] = json.loads(other.PATH.read_bytes())
 
 
+def needed(n_guesses: int, n_canaries: int, *, mu: float, error: float) -> int | None:
+    return right_guesses_needed(
+        n_guesses, lambda v: gaussian_claim_refuted(v, n_guesses, n_canaries, mu=mu, error=error)
+    )
+
+
+def power(n: int, *, mu: float, error: float, accuracy: float) -> float:
+    return one_run_power(n, lambda v: gaussian_claim_refuted(v, n, n, mu=mu, error=error), accuracy=accuracy)
+
+
 # Another implementation's figures.
 
 
@@ -127,8 +137,8 @@ def test_no_approximate_mechanism_passes_the_bound(epsilon: float, delta: float)
 def test_a_true_gaussian_mechanism_is_refuted_at_most_at_the_level(m: int, mu: float) -> None:
     """Exactly: of m independent Gaussian releases each guess is right with probability Phi(mu / 2)."""
     for error in (0.05, 0.005):
-        needed = right_guesses_needed(m, m, mu=mu, error=error)
-        refuted = 0.0 if needed is None else stats.binom.sf(needed - 1, m, stats.norm.cdf(mu / 2))
+        least = needed(m, m, mu=mu, error=error)
+        refuted = 0.0 if least is None else stats.binom.sf(least - 1, m, stats.norm.cdf(mu / 2))
         assert refuted <= error
 
 
@@ -138,13 +148,13 @@ def test_guesses_of_the_surest_coins_are_covered_too() -> None:
     More than 170 refusals have probability below 1e-6 at 5%.
     """
     rng, m, k, mu = np.random.default_rng(4), 64, 16, 1.0
-    needed = right_guesses_needed(2 * k, m, mu=mu, error=0.05)
-    assert needed is not None
+    least = needed(2 * k, m, mu=mu, error=0.05)
+    assert least is not None
     refused = 0
     for _ in range(2000):
         coins = rng.random(m) < 0.5
         order = np.argsort(mu * coins + rng.normal(size=m))
-        refused += int(coins[order[-k:]].sum() + (~coins[order[:k]]).sum() >= needed)
+        refused += int(coins[order[-k:]].sum() + (~coins[order[:k]]).sum() >= least)
     assert stats.binom.sf(170, 2000, 0.05) < 1e-6
     assert refused <= 170
 
@@ -168,16 +178,15 @@ def test_guessing_proves_nothing_and_a_whole_curve_proves_more_than_one_point_of
 
 
 def test_power_is_that_of_the_binomial_tail() -> None:
-    needed = right_guesses_needed(60, 60, mu=0.5, error=0.01)
-    assert needed is not None and not gaussian_claim_refuted(needed - 1, 60, 60, mu=0.5, error=0.01)
-    assert gaussian_claim_refuted(needed, 60, 60, mu=0.5, error=0.01)
-    assert one_run_power(60, 60, mu=0.5, error=0.01, accuracy=0.9) == pytest.approx(
-        float(stats.binom.sf(needed - 1, 60, 0.9))
-    )
-    assert one_run_power(60, 60, mu=0.5, error=0.01, accuracy=0.5) < 0.01
+    least = needed(60, 60, mu=0.5, error=0.01)
+    assert least is not None and not gaussian_claim_refuted(least - 1, 60, 60, mu=0.5, error=0.01)
+    assert gaussian_claim_refuted(least, 60, 60, mu=0.5, error=0.01)
+    expected = float(stats.binom.sf(least - 1, 60, 0.9))
+    assert power(60, mu=0.5, error=0.01, accuracy=0.9) == pytest.approx(expected)
+    assert power(60, mu=0.5, error=0.01, accuracy=0.5) < 0.01
     # Two dozen canaries cannot refute epsilon 8 whatever they do: that is what the report has to say.
-    assert right_guesses_needed(24, 24, mu=1.67, error=0.01) is None
-    assert one_run_power(24, 24, mu=1.67, error=0.01, accuracy=1.0) == 0.0
+    assert needed(24, 24, mu=1.67, error=0.01) is None
+    assert power(24, mu=1.67, error=0.01, accuracy=1.0) == 0.0
 
 
 @pytest.mark.parametrize("n", [50, 200])

@@ -123,6 +123,8 @@ EVERYTHING: dict[str, Any] = {
     "secondary_attacks": (
         SecondaryAttackClause(attack="sima", timesteps=(0.2,), edges=(0.0,), pooled_weight=4),
     ),
+    "mechanism_canaries": 100,
+    "canaries_per_site": 8,
 }
 """Every clause that asks for further conditions of the gate."""
 
@@ -154,7 +156,7 @@ def test_the_officer_demands_every_condition_of_the_gate(study: Study) -> None:
 
 def test_the_officer_demands_what_a_plan_asks_for_besides(study: Study) -> None:
     asking = study.plan.model_copy(update={"audit": study.plan.audit.model_copy(update=EVERYTHING)})
-    assert list(TITLES) == list(conditions_of(asking))
+    assert list(TITLES) == list(conditions_of(asking)) and len(TITLES) == 31
     assert set(CHECKS) == set(TITLES) == set(required_conditions(asking))
 
 

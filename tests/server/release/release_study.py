@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from privacy.audit.canary_opening import (
+    COMMITMENT_KIND,
+    CanaryOpening,
+    coin_commitment,
+)
 from privacy.audit.counts import CONTROL_WEIGHT, PRIMARY_WEIGHT, CountsLayout
+from privacy.audit.mechanism_statement import CLAIMS, make_statement
+from privacy.audit.mechanism_statistics import Check
+from privacy.audit.site_evidence import sign_mechanism, sign_opening
 from privacy.audit.verdict import PlantedLeak
 from privacy.audit.verdict_statement import make_verdict_statement, sign_verdict
 from privacy.compliance.approvals import approve_decision, approve_plan
@@ -72,6 +80,7 @@ class Study:
             "plan_approvals": self.inputs.plan_approvals,
             "ledgers": self.inputs.ledgers,
             "verdicts": self.inputs.verdicts,
+            "site_evidence": self.inputs.site_evidence,
             "decision": decision,
         }
         if "approvals" not in changes:
@@ -102,12 +111,13 @@ def plan_value(
     prior_sha256: str,
     mode: str = "distributed",
     title: str = "Rare lesions at three hospitals",
+    audit: dict[str, Any] | None = None,
+    epsilon: float = 8.0,
 ) -> dict[str, Any]:
     """A plan as a parsed document, calibrated."""
-    epsilon = None if mode == "unprotected" else 8.0
     proposed = propose_privacy(
-        mode=mode, epsilon=epsilon, delta=1e-5, clip_norm=1.0, rounds=ROUNDS, n_sites=3, threshold=3,
-        max_colluding=1, dimension=1000, declared_patients=120,
+        mode=mode, epsilon=None if mode == "unprotected" else epsilon, delta=1e-5, clip_norm=1.0,
+        rounds=ROUNDS, n_sites=3, threshold=3, max_colluding=1, dimension=1000, declared_patients=120,
     )  # fmt: skip
     return {
         "format": "lacuna/study-plan/v1",
@@ -140,6 +150,7 @@ def plan_value(
             "score_edges": [-0.1, -0.05, 0.0, 0.05, 0.1],
             "control_edges": [0.4, 0.6, 0.8],
             "copy_distance": 0.5,
+            **(audit or {}),
         },
         "release": {"site_approvals": 2, "officer_approval": True},
     }
@@ -174,6 +185,7 @@ def make_ledger(
     *,
     event: Callable[[str, PrivacyEvent], PrivacyEvent] = lambda _, event: event,
     also: tuple[Charge, ...] = (),
+    commitment: str | None = None,
 ) -> bytes:
     """Charge every opened attempt in a real ledger and export it."""
     root.mkdir(parents=True)
@@ -182,6 +194,10 @@ def make_ledger(
     cap = Budget(epsilon=None, delta=plan.privacy.delta)
     with Ledger.open(root / "ledger.sqlite", key=key, counter_path=root / "counter", create=True) as ledger:
         ledger.record("plan-approved", {"plan_sha256": plan.digest().hex()})
+        if commitment is not None:
+            count = plan.audit.canaries_per_site
+            details = {"study_id": plan.study_id, "count": count, "commitment": commitment}
+            ledger.record(COMMITMENT_KIND, details)
         charges = [
             Charge(
                 study_id=plan.study_id, plan_sha256=plan.digest().hex(), purpose=r.purpose, round=r.round,
@@ -196,7 +212,7 @@ def make_ledger(
     return (root / "export.json").read_bytes()
 
 
-def honest_counts(plan: StudyPlan, *, leak: bool = False) -> tuple[int, ...]:
+def honest_counts(plan: StudyPlan, *, leak: bool = False, secondary_leak: bool = False) -> tuple[int, ...]:
     """Pooled counts of 480 members and 240 held-out patients; ``leak``: members score high."""
     layout = CountsLayout.from_plan(plan)
     s, c = layout.score_bins, layout.control_bins
@@ -210,8 +226,67 @@ def honest_counts(plan: StudyPlan, *, leak: bool = False) -> tuple[int, ...]:
             np.concatenate([2 * public, public, [0]]) * CONTROL_WEIGHT,
         ]
     )
-    assert cells.size == 3 * s + 2 * c + 1 == layout.length
+    assert cells.size == 3 * s + 2 * c + 1
+    for attack in plan.audit.pooled_attacks:
+        held_out = np.array([40, 120, 60, 20])
+        shown = np.array([0, 0, 40, 440]) if secondary_leak else 2 * held_out
+        cells = np.concatenate([cells, attack.pooled_weight * shown, attack.pooled_weight * held_out])
+    assert cells.size == layout.length
     return tuple(int(n) for n in cells)
+
+
+NONCE = b"n" * 32
+COINS = (True, False, True, True, False, False)
+ASKING: dict[str, Any] = {
+    "secondary_attacks": [
+        {"attack": "sima", "timesteps": [0.2], "edges": [-0.1, 0.0, 0.1], "pooled_weight": 8}
+    ],
+    "mechanism_canaries": 100,
+    "canaries_per_site": len(COINS),
+}
+"""Clauses of a plan that asks for everything that a plan can ask for."""
+
+
+def committed(plan: StudyPlan, site: str) -> str | None:
+    """What the site's ledger commits to; None where the plan has no in-run canaries."""
+    if not plan.audit.canaries_per_site:
+        return None
+    return coin_commitment(plan.digest(), site, NONCE, COINS)
+
+
+def make_opening(
+    study_keys: dict[str, SigningKey], plan: StudyPlan, site: str, candidate: str, **changes: Any
+) -> bytes:
+    """The coins that the site committed to, with scores that tell nothing."""
+    values: dict[str, Any] = {
+        "study_id": plan.study_id, "plan_sha256": plan.digest().hex(), "candidate_sha256": candidate,
+        "attempt": AUDIT_ATTEMPT, "site_id": site, "nonce": NONCE.hex(), "coins": COINS,
+        "scores": (0.1, 0.2, 0.3, -0.1, 0.25, -0.2),
+    }  # fmt: skip
+    return sign_opening(CanaryOpening(**{**values, **changes}), study_keys[site])
+
+
+def make_mechanism(
+    study_keys: dict[str, SigningKey],
+    plan: StudyPlan,
+    site: str,
+    *,
+    key: str | None = None,
+    broken: Sequence[str] = (),
+    **changes: Any,
+) -> bytes:
+    """A mechanism audit's statement; claims in ``broken`` failed."""
+    checks = tuple(
+        Check(
+            name=name, title=name, tests=1, smallest_p=0.0 if name in broken else 0.5, level=1e-8,
+            figure="1", expected="1", passed=name not in broken,
+        )
+        for name in CLAIMS
+    )  # fmt: skip
+    values: dict[str, Any] = {
+        "site_id": site, "canaries": 100, "false_failure_probability": 1e-6, "checks": checks,
+    }  # fmt: skip
+    return sign_mechanism(make_statement(plan, **{**values, **changes}), study_keys[key or site])
 
 
 def make_verdict(
@@ -230,7 +305,7 @@ def make_verdict(
     return sign_verdict(make_verdict_statement(plan, **{**values, **changes}), study_keys[site])
 
 
-def make_study(root: Path, **plan_choices: str) -> Study:
+def make_study(root: Path, **plan_choices: Any) -> Study:
     """Everything up to the gate."""
     keys = make_keys()
     rng = np.random.default_rng(0)
@@ -250,12 +325,23 @@ def make_study(root: Path, **plan_choices: str) -> Study:
         plan=plan,
         plan_envelope=sign_plan(plan, keys["coordinator"]),
         plan_approvals={s: approve_plan(plan, key=keys[s], site_id=s) for s in SITES},
-        ledgers={s: make_ledger(root / "sites" / s, keys[s], plan, records) for s in SITES},
+        ledgers={
+            s: make_ledger(root / "sites" / s, keys[s], plan, records, commitment=committed(plan, s))
+            for s in SITES
+        },
         verdicts={s: make_verdict(keys, plan, s, candidate_sha256) for s in SITES},
         candidate_sha256=candidate_sha256,
         autoencoder_sha256=autoencoder_sha256,
         attempts=records,
         at=AT,
+        site_evidence={
+            "mechanism-audits": {s: make_mechanism(keys, plan, s) for s in SITES}
+            if plan.audit.mechanism_canaries
+            else {},
+            "canary-openings": {s: make_opening(keys, plan, s, candidate_sha256) for s in SITES}
+            if plan.audit.canaries_per_site
+            else {},
+        },
     )
     return Study(
         root=root, keys=keys, plan=plan, inputs=inputs, autoencoder=autoencoder, prior=prior,

@@ -20,13 +20,18 @@ from typing import Any
 
 import pytest
 from release_study import (
+    ASKING,
     AT,
     AUDIT_ATTEMPT,
+    COINS,
     SITES,
     Study,
     attempt_records,
     honest_counts,
     make_ledger,
+    make_mechanism,
+    make_opening,
+    make_study,
     make_verdict,
     reseal,
     sha256,
@@ -318,8 +323,117 @@ ATTEMPTS: list[Attempt] = [
 ]  # fmt: skip
 
 
+def beside(study: Study, kind: str, site: str, data: bytes | None) -> dict[str, Any]:
+    kept = {**study.inputs.site_evidence[kind], site: data}
+    given = {name: value for name, value in kept.items() if value is not None}
+    return {"site_evidence": {**study.inputs.site_evidence, kind: given}}
+
+
+def opening(study: Study, site: str, **changes: Any) -> dict[str, Any]:
+    made = make_opening(study.keys, study.plan, site, study.inputs.candidate_sha256, **changes)
+    return beside(study, "canary-openings", site, made)
+
+
+def mechanism(study: Study, site: str, **changes: Any) -> dict[str, Any]:
+    return beside(study, "mechanism-audits", site, make_mechanism(study.keys, study.plan, site, **changes))
+
+
+def under_a_kinder_plan(study: Study) -> bytes:
+    """A mechanism audit of a plan that claims less noise, passed to the letter."""
+    return make_mechanism(study.keys, changed_plan(study, "privacy", noise_multiplier=1.0), "beta")
+
+
+def every_coin_shown(study: Study) -> dict[str, Any]:
+    """All sites' canaries lie open in the candidate; the plan promised a small epsilon."""
+    shown = tuple(1.0 if coin else -1.0 for coin in COINS)
+    made = {
+        site: make_opening(study.keys, study.plan, site, study.inputs.candidate_sha256, scores=shown)
+        for site in SITES
+    }
+    return {"site_evidence": {**study.inputs.site_evidence, "canary-openings": made}}
+
+
+def hidden_leak(study: Study) -> dict[str, Any]:
+    """Counts in which the pooled secondary attack alone sees the members; the verdicts say so."""
+    counts = honest_counts(study.plan, secondary_leak=True)
+    return {"verdicts": {site: signed_verdict(study, site, pooled_counts=counts) for site in SITES}}
+
+
+def without_commitment(study: Study) -> dict[str, Any]:
+    return ledger(study, fresh_ledger(study))
+
+
+ASKING_ATTEMPTS: list[Attempt] = [
+    ("mechanism audit missing", lambda s: at_the_gate(s, **beside(s, "mechanism-audits", "beta", None)), "mechanism-audits: no mechanism audit of beta"),
+    ("mechanism audit unsigned", lambda s: at_the_gate(s, **beside(s, "mechanism-audits", "beta", unsigned(make_mechanism(s.keys, s.plan, "beta")))), "mechanism-audits: mechanism audit of beta"),
+    ("mechanism audit of another site", lambda s: at_the_gate(s, **beside(s, "mechanism-audits", "beta", s.inputs.site_evidence["mechanism-audits"]["alpha"])), "mechanism audit of beta: no valid signature"),
+    ("mechanism audit in another's name", lambda s: at_the_gate(s, **beside(s, "mechanism-audits", "beta", make_mechanism(s.keys, s.plan, "alpha", key="beta"))), "signed in the name of 'alpha'"),
+    ("mechanism audit of a kinder plan", lambda s: at_the_gate(s, **beside(s, "mechanism-audits", "beta", under_a_kinder_plan(s))), "belongs to another plan"),
+    ("mechanism audit with a handful of canaries", lambda s: at_the_gate(s, **mechanism(s, "beta", canaries=8)), "8 canaries, the plan asks for 100"),
+    ("mechanism audit that failed", lambda s: at_the_gate(s, **mechanism(s, "beta", broken=["share-variance"])), "this is not the plan's mechanism: share-variance"),
+    ("canaries not opened", lambda s: at_the_gate(s, **beside(s, "canary-openings", "gamma", None)), "canaries-committed: gamma did not open its canaries"),
+    ("coins chosen after training", lambda s: at_the_gate(s, **opening(s, "gamma", coins=tuple(not coin for coin in COINS))), "not the coins that the ledger committed to"),
+    ("coins that no ledger committed to", lambda s: at_the_gate(s, **without_commitment(s)), "commits to no coins before the first charge"),
+    ("fewer canaries opened than planned", lambda s: at_the_gate(s, **opening(s, "gamma", coins=COINS[:4], scores=(0.0,) * 4)), "4 of them, the plan has 6"),
+    ("canaries of another candidate", lambda s: at_the_gate(s, **opening(s, "gamma", candidate_sha256="9" * 64)), "about another candidate"),
+    ("canaries of an earlier audit", lambda s: at_the_gate(s, **opening(s, "gamma", attempt=7)), "it is about attempt 7"),
+    ("leak that a secondary attack alone sees", lambda s: at_the_gate(s, **hidden_leak(s)), "audit-secondary-attacks: fail: sima"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("attempt", "named"), [a[1:] for a in ASKING_ATTEMPTS], ids=[a[0] for a in ASKING_ATTEMPTS]
+)
+def test_refused_by_name_where_the_plan_asks_for_more(
+    asking: Study, attempt: Callable[[Study], str], named: str
+) -> None:
+    assert named in attempt(asking)
+
+
+def test_the_honest_study_that_asks_for_more_passes_every_door(asking: Study, tmp_path: Path) -> None:
+    decision = asking.decide()
+    assert decision.released, decision.failed
+    assert decision.condition("audit-canaries").reason.startswith("9 of 18 coins guessed")
+    path = asking.release(tmp_path / "bundle").path
+    report = verify_bundle(path, trusted_coordinator=asking.coordinator.verify_key.hex())
+    assert report.passed, report.failed
+    assert (path / "attestations/mechanism-audits/beta.dsse.json").exists()
+    shown = {check.name: check.detail for check in report.checks}
+    assert shown["gate mechanism-audits"] == "3 installations pass the mechanism audit"
+    assert shown["gate audit-canaries"] == decision.condition("audit-canaries").reason
+
+
+@pytest.mark.parametrize(
+    ("kind", "make", "condition"),
+    [
+        ("mechanism-audits", lambda s: make_mechanism(s.keys, s.plan, "beta", broken=["clipping"]), "mechanism-audits"),
+        ("canary-openings", lambda s: make_opening(s.keys, s.plan, "beta", s.inputs.candidate_sha256, coins=COINS[::-1]), "canaries-committed"),
+    ],
+)  # fmt: skip
+def test_the_officer_finds_what_a_lying_gate_let_pass(
+    asking: Study, kind: str, make: Callable[[Study], bytes], condition: str
+) -> None:
+    """The coordinator signs "release, all passed" over a broken installation, or over coins chosen later."""
+    broken = {**asking.inputs.site_evidence[kind], "beta": make(asking)}
+    inputs = replace(asking.inputs, site_evidence={**asking.inputs.site_evidence, kind: broken})
+    honest = asking.decide()
+    lie = GateDecision(inputs=inputs, conditions=honest.conditions, spending=honest.spending)
+    words = at_the_release(asking, decision=asking.signed_decision(lie), site_evidence=inputs.site_evidence)
+    assert f"gate {condition}" in words
+
+
+def test_canaries_that_lie_open_refute_a_small_promise(tmp_path: Path) -> None:
+    """18 coins, all of them guessed: possible with epsilon 8, not with epsilon 0.5 (mu 0.14)."""
+    tight = make_study(tmp_path, audit={**ASKING, "canaries_per_site": len(COINS)}, epsilon=0.5)
+    assert tight.decide().condition("audit-canaries").passed
+    decision = tight.decide(**every_coin_shown(tight))
+    condition = decision.condition("audit-canaries")
+    assert not condition.passed and condition.reason.startswith("18 of 18 coins guessed")
+    assert "more than the promise allows" in condition.reason
+
+
 def test_the_list_is_long_enough_and_every_attempt_has_a_name_of_its_own() -> None:
-    names = [name for name, _, _ in ATTEMPTS]
+    names = [name for name, _, _ in (*ATTEMPTS, *ASKING_ATTEMPTS)]
     assert len(names) == len(set(names)) >= 25
 
 
