@@ -1,38 +1,42 @@
 """The sum, over patients, of each patient's clipped gradient: exact, microbatched, nothing left hooked.
 
 For each patient the loss is averaged over K draws of (scan, timestep, noise); the gradient of that mean, over
-all trained parameters together, is scaled to norm at most C. Per-sample gradients come from Opacus'
-``GradSampleModule`` (a hook on each layer), are summed over a patient's draws, and are clipped per patient,
-never per scan or draw: one factor for all that a patient contributes (noise multiplicity, De et al. 2022, and
-user-level grouping in one).
+all trained parameters together, is scaled to norm at most C: one factor for all that a patient contributes,
+never one per scan or draw (noise multiplicity, De et al. 2022, and user-level grouping in one). Where the
+gradients come from is a backend, a performance setting of the site alone:
 
-Formal guarantees:
+- ``engine`` (default): book-keeping, :mod:`privacy.dp.book_keeping`;
+- ``opacus`` and ``functorch``: Opacus' per-sample gradients, :mod:`privacy.dp.opacus_gradients`.
+
+Formal guarantees, whatever the backend:
 
 - Adding or removing one patient changes the returned sum by at most C (1 + eta) plus the summation error of
-  :mod:`privacy.dp.sensitivity`: norms and sums are binary64, patient after patient.
-- A patient's own gradient depends on that patient alone. Layers that mix samples are refused (buffers as in
-  BatchNorm by Opacus, anything else by :meth:`PatientGradients.verify`); and each microbatch is filled up
+  :mod:`privacy.dp.sensitivity`: norms and sums are binary64, measured on the numbers that are added.
+- A patient's own gradient depends on that patient alone. Layers that mix samples are refused (batch
+  normalisation by name, anything else by :meth:`PatientGradients.verify`); and each microbatch is filled up
   with empty patients to one public size, so that the same kernels run whatever the number of patients.
 - A patient whose gradient is not finite contributes exactly zero.
 
-A parameter that Opacus did not see (used outside its layer's forward, not used at all) is an error that names
-it: silently skipped, it would be released without clipping or stay untrained.
+A parameter that the backend did not see (used outside its layer's forward, not used at all) is an error that
+names it: silently skipped, it would be released without clipping or stay untrained.
 """
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from opacus.grad_sample import GradSampleModule
 from torch import Tensor, nn
 
+from privacy.dp.book_keeping import BookKeeping
+from privacy.dp.clipping import clip_factors
+from privacy.dp.layer_gradients import UnsupportedLayerError
+from privacy.dp.microbatch_gradients import ClippedTotal, MicrobatchGradients
 from privacy.dp.patient_sampling import PatientDraws, TimestepDraw, draw_for_patient, uniform_timesteps
 from privacy.dp.patients import PatientScans
 from privacy.secret_random import SecretRandom
@@ -42,19 +46,17 @@ NamedParameters = Sequence[tuple[str, nn.Parameter]]
 Progress = Callable[[int, int], None]
 """Called with (patients done, patients in this step). It is private: for the site's own screen alone."""
 
-MICROBATCH_BYTES = 256 * 2**20
-"""Default bound on the memory of one microbatch's per-sample gradients."""
+Backend = Literal["engine", "opacus", "functorch"]
 
-MAX_DEFAULT_MICROBATCH = 8
+MICROBATCH_BYTES = {"cpu": 256 * 2**20, "cuda": 4 * 2**30}
+"""Default bound on the memory of one microbatch's gradients, if each patient's is kept whole."""
 
-VERIFY_TOLERANCE = 1e-3
-"""Relative error allowed between Opacus' per-sample gradients and a batch of one, in float32, per
-parameter."""
+MAX_DEFAULT_SAMPLES = {"cpu": 32, "cuda": 128}
+"""Default bound on the samples (patients times draws) of one forward pass; at least one patient."""
 
-_OPACUS_PARAMETER_ATTRIBUTES = ("grad_sample", "_forward_counter", "_current_grad_sample")
-_OPACUS_MODULE_ATTRIBUTES = (
-    "activations", "max_batch_len", "ft_compute_sample_grad", "autograd_grad_sample_hooks",
-)  # fmt: skip
+VERIFY_TOLERANCE = {None: 1e-3, torch.bfloat16: 0.25}
+"""Relative error allowed between a backend's gradients and a batch of one, per parameter, in float32 and
+under bfloat16 autocast (where a batch of one rounds differently; a wrong rule is off by about 1)."""
 
 
 class PerSampleLoss(Protocol):
@@ -65,8 +67,42 @@ class PerSampleLoss(Protocol):
     ) -> Tensor: ...
 
 
-class UnsupportedLayerError(InternalError):
-    """A trained parameter has no proper per-sample gradient. The network or the subset must change."""
+class GradientSource(Protocol):
+    """A backend at work on one network."""
+
+    def hooked(self) -> Any:
+        """Context manager: the network to call, hooked; afterwards as it was."""
+
+    def collect(self) -> MicrobatchGradients:
+        """Per-patient gradients after one backward pass of (sum of losses) / K."""
+
+    def paused(self) -> Any:
+        """Context manager within :meth:`hooked`: plain autograd for the trained parameters."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Performance:
+    """How a site computes; no privacy depends on it, and it is never part of a plan.
+
+    Attributes:
+        backend: Where per-patient gradients come from.
+        microbatch: Patients of one forward pass; None: what fits into the default bounds. The result depends
+            on it by float error alone.
+        autocast: Lower precision of forward and backward pass (torch.bfloat16), or None. Clipping is as exact
+            as ever: norms and sums are of the numbers that come out, in binary64.
+    """
+
+    backend: Backend = "engine"
+    microbatch: int | None = None
+    autocast: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        if self.backend not in ("engine", "opacus", "functorch"):
+            raise UsageError(f"no such backend: {self.backend!r}", remedy="engine, opacus or functorch")
+        if self.microbatch is not None and self.microbatch < 1:
+            raise UsageError("a microbatch has at least one patient")
+        if self.autocast not in VERIFY_TOLERANCE:
+            raise UsageError(f"autocast to {self.autocast} is not supported", remedy="torch.bfloat16 or None")
 
 
 class PatientGradients:
@@ -78,8 +114,11 @@ class PatientGradients:
         loss: The per-sample loss.
         clip: C.
         draws_per_patient: K.
-        microbatch: Patients per forward pass; the result depends on it by float error alone.
+        performance: Backend, microbatch, precision.
         device: Where the network is.
+
+    Raises:
+        UsageError: the list of parameters is empty, names one twice or one that is not the network's.
     """
 
     def __init__(
@@ -90,7 +129,7 @@ class PatientGradients:
         *,
         clip: float,
         draws_per_patient: int,
-        microbatch: int | None = None,
+        performance: Performance | None = None,
         device: str | torch.device = "cpu",
     ) -> None:
         self._denoiser, self._params, self._loss = denoiser, list(params), loss
@@ -102,12 +141,16 @@ class PatientGradients:
             raise UsageError(f"trained parameters {missing[:5]} are not in the network")
         self.dimension = sum(p.numel() for _, p in self._params)
         self._dtype = self._params[0][1].dtype
-        sample_bytes = self.dimension * self._params[0][1].element_size() * draws_per_patient
-        fitting = max(1, min(MAX_DEFAULT_MICROBATCH, MICROBATCH_BYTES // sample_bytes))
-        self._microbatch = fitting if microbatch is None else microbatch
-        if self._microbatch < 1:
-            raise UsageError("a microbatch has at least one patient")
+        self._performance = performance or Performance()
+        self._microbatch = self._performance.microbatch or self._default_microbatch()
         self._verified = False
+
+    def _default_microbatch(self) -> int:
+        kind = self._device.type if self._device.type in MICROBATCH_BYTES else "cpu"
+        row_bytes = self.dimension * self._params[0][1].element_size()
+        if self._performance.backend != "engine":
+            row_bytes *= self._draws
+        return max(1, min(MAX_DEFAULT_SAMPLES[kind] // self._draws, MICROBATCH_BYTES[kind] // row_bytes))
 
     def clipped_sum(
         self,
@@ -122,24 +165,25 @@ class PatientGradients:
         Draws are taken patient by patient, so that they do not depend on the microbatch.
 
         Raises:
-            UnsupportedLayerError: a parameter without proper per-sample gradients (whatever the data).
+            UnsupportedLayerError: a parameter without proper per-patient gradients (whatever the data).
         """
-        total_d = torch.zeros(self.dimension, dtype=torch.float64, device=self._device)
+        total = ClippedTotal(torch.zeros(self.dimension, dtype=torch.float64, device=self._device))
         if not patients:
-            return total_d.cpu().numpy()
-        with self._hooked() as wrapped:
+            return total.vector().cpu().numpy()
+        with self._hooked() as (source, network):
             if not self._verified:
-                self.verify(wrapped, tuple(patients[0].latents_SCDHW.shape[1:]))
+                self.verify(source, network, tuple(patients[0].latents_SCDHW.shape[1:]))
                 self._verified = True
             for start in range(0, len(patients), self._microbatch):
                 group = patients[start : start + self._microbatch]
                 draws = self._draw(group, secret, draw_timesteps)
-                gradients_Pd = self._patient_gradients(wrapped, *self._batch(group, draws))
-                for row_d in gradients_Pd[: len(group)]:
-                    add_clipped(total_d, row_d, self._clip)
+                gradients = self._microbatch_gradients(source, network, *self._batch(group, draws))
+                factors_P = clip_factors(gradients.squared_norms(), self._clip)
+                factors_P[len(group) :] = 0.0
+                gradients.add_scaled(total, factors_P)
                 if progress is not None:
                     progress(start + len(group), len(patients))
-        return total_d.cpu().numpy()
+        return total.vector().cpu().numpy()
 
     def mean_gradient(
         self,
@@ -187,8 +231,8 @@ class PatientGradients:
             for patient in group
         ]
 
-    def verify(self, wrapped: GradSampleModule, latent_shape: tuple[int, ...]) -> None:
-        """Hold Opacus' per-sample gradients of this network against batches of one, on made-up latents.
+    def verify(self, source: GradientSource, network: Any, latent_shape: tuple[int, ...]) -> None:
+        """Hold the backend's gradients of this network against batches of one patient, on made-up latents.
 
         Runs once, before the first private sample, on public input; so no private value can make it fail.
 
@@ -202,19 +246,22 @@ class PatientGradients:
         t_B = torch.rand(shape[0], generator=generator).to(self._device, self._dtype)
         condition_B = torch.zeros(shape[0], dtype=torch.int64, device=self._device)
         batch = (z_BCDHW, condition_B, t_B, noise_BCDHW)
-        gradients_Pd = self._patient_gradients(wrapped, *batch)
-        wrapped.disable_hooks()
-        try:
-            for patient in {0, self._microbatch - 1}:
-                rows = slice(patient * self._draws, (patient + 1) * self._draws)
-                loss_B = self._loss(wrapped, *(part[rows] for part in batch))
+        gradients = self._microbatch_gradients(source, network, *batch)
+        norms_P = gradients.squared_norms().sqrt()
+        for patient in sorted({0, self._microbatch - 1}):
+            row_d = gradients.row(patient)
+            rows = slice(patient * self._draws, (patient + 1) * self._draws)
+            with source.paused():
+                loss_B = self._losses(network, *(part[rows] for part in batch))
                 grads = torch.autograd.grad(loss_B.mean(), [p for _, p in self._params], allow_unused=True)
-                self._compare(gradients_Pd[patient], grads)
-        finally:
-            wrapped.enable_hooks()
+            self._compare(row_d, grads)
+            norm = float(row_d.to(torch.float64).norm())
+            if not abs(norm - float(norms_P[patient])) <= VERIFY_TOLERANCE[None] * norm:
+                raise InternalError(f"a patient's norm {float(norms_P[patient]):.6g} should be {norm:.6g}")
 
     def _compare(self, row_d: Tensor, grads: Sequence[Tensor | None]) -> None:
         scale = float(row_d.norm())
+        tolerance = VERIFY_TOLERANCE[self._performance.autocast]
         start = 0
         for (name, p), grad in zip(self._params, grads, strict=True):
             own = row_d[start : start + p.numel()]
@@ -222,9 +269,9 @@ class PatientGradients:
             expected = torch.zeros_like(own) if grad is None else grad.flatten()
             error = float((own - expected).norm())
             # Gradients that are zero but for rounding (a bias before a norm) are held against the whole.
-            if not error <= VERIFY_TOLERANCE * float(expected.norm()) + 1e-5 * scale:
+            if not error <= tolerance * (float(expected.norm()) + 1e-2 * scale):
                 raise UnsupportedLayerError(
-                    f"per-sample gradients of parameter {name!r} are wrong (relative error "
+                    f"per-patient gradients of parameter {name!r} are wrong (relative error "
                     f"{error / max(float(expected.norm()), 1e-30):.2g}): it is used outside its own layer's "
                     "forward, or a layer mixes samples of a batch"
                 )
@@ -250,90 +297,54 @@ class PatientGradients:
             noise_BCDHW.to(self._device),
         )  # fmt: skip
 
-    def _patient_gradients(
-        self,
-        wrapped: GradSampleModule,
-        z_BCDHW: Tensor,
-        condition_B: Tensor,
-        t_B: Tensor,
-        noise_BCDHW: Tensor,
-    ) -> Tensor:
-        """Gradient of each patient's mean loss, [microbatch, d]."""
+    def _losses(self, network: Any, *batch: Tensor) -> Tensor:
+        low = self._performance.autocast
+        with torch.autocast(self._device.type, dtype=low, enabled=low is not None):
+            return self._loss(network, *batch)
+
+    def _microbatch_gradients(
+        self, source: GradientSource, network: Any, z_BCDHW: Tensor, *rest: Tensor
+    ) -> MicrobatchGradients:
+        """Gradient of each patient's mean loss."""
         b = z_BCDHW.shape[0]
-        loss_B = self._loss(wrapped, z_BCDHW, condition_B, t_B, noise_BCDHW)
+        loss_B = self._losses(network, z_BCDHW, *rest)
         if loss_B.shape != (b,):
             raise InternalError(
                 f"the loss has shape {tuple(loss_B.shape)}, not ({b},): one loss per sample, ndim 1, or "
                 "clipping would be silently wrong"
             )
-        torch.autograd.backward(loss_B.sum() / self._draws)
-        gradients_Pd = torch.empty(self._microbatch, self.dimension, dtype=self._dtype, device=self._device)
-        start = 0
-        for name, p in self._params:
-            sample = _grad_sample(name, p, b)
-            by_patient = sample.reshape(self._microbatch, self._draws, p.numel())
-            torch.sum(by_patient, dim=1, out=gradients_Pd[:, start : start + p.numel()])
-            start += p.numel()
-            p.grad = None
-            p.grad_sample = None  # type: ignore[attr-defined]
-        return gradients_Pd
+        if loss_B.requires_grad:
+            torch.autograd.backward(loss_B.sum() / self._draws)
+        return source.collect()
 
     @contextmanager
-    def _hooked(self) -> Iterator[GradSampleModule]:
-        """The network wrapped for per-sample gradients; afterwards as it was, also after an error."""
-        trained = {id(p) for _, p in self._params}
-        flags = [(p, p.requires_grad, p.grad) for p in self._denoiser.parameters()]
+    def _hooked(self) -> Iterator[tuple[GradientSource, Any]]:
+        """The backend and the network to call; afterwards the network is as it was, also after an error."""
+        parameters = [(p, p.requires_grad, p.grad) for p in self._denoiser.parameters()]
         training = [(module, module.training) for module in self._denoiser.modules()]
-        for p, _, _ in flags:
-            p.requires_grad_(id(p) in trained)
+        for p, _, _ in parameters:
             p.grad = None
         # Opacus skips layers in eval mode without a word.
         self._denoiser.train()
         try:
-            wrapped = GradSampleModule(self._denoiser, loss_reduction="sum", strict=True)
-        except NotImplementedError as error:
-            self._restore(flags, training)
-            raise UnsupportedLayerError(f"Opacus refuses the network: {error}") from error
-        try:
-            with warnings.catch_warnings():
-                # torch warns wherever a layer's input needs no gradient, as the first layer's never does.
-                warnings.filterwarnings("ignore", message="Full backward hook is firing")
-                yield wrapped
+            source = self._source()
+            with source.hooked() as network:
+                yield source, network
         finally:
-            wrapped.remove_hooks()
-            self._restore(flags, training)
+            for p, requires_grad, grad in parameters:
+                p.requires_grad_(requires_grad)
+                p.grad = grad
+            for module, mode in training:
+                module.training = mode
 
-    def _restore(
-        self,
-        flags: list[tuple[nn.Parameter, bool, Tensor | None]],
-        training: list[tuple[nn.Module, bool]],
-    ) -> None:
-        for p, requires_grad, grad in flags:
-            p.requires_grad_(requires_grad)
-            p.grad = grad
-            for name in _OPACUS_PARAMETER_ATTRIBUTES:
-                p.__dict__.pop(name, None)
-        for module, mode in training:
-            module.training = mode
-            for name in _OPACUS_MODULE_ATTRIBUTES:
-                module.__dict__.pop(name, None)
+    def _source(self) -> GradientSource:
+        if self._performance.backend == "engine":
+            return BookKeeping(self._denoiser, self._params, self._microbatch)
+        from privacy.dp.opacus_gradients import OpacusGradients
 
-
-def add_clipped(total_d: Tensor, row_d: Tensor, clip: float) -> None:
-    """Add one patient's gradient, scaled to norm at most ``clip``, to a float64 total; zero if not finite."""
-    row64_d = row_d.to(torch.float64)
-    norm = float(torch.linalg.vector_norm(row64_d))
-    if math.isfinite(norm):
-        total_d.add_(row64_d, alpha=min(1.0, clip / norm) if norm > 0 else 0.0)
-
-
-def _grad_sample(name: str, p: nn.Parameter, batch: int) -> Tensor:
-    found = getattr(p, "grad_sample", None)
-    if isinstance(found, list):
-        found = torch.stack(found).sum(dim=0)
-    if not isinstance(found, Tensor) or found.shape != (batch, *p.shape):
-        raise UnsupportedLayerError(
-            f"parameter {name!r} has no gradient for each sample: its layer was not called with one row per "
-            "sample, or not at all"
+        return OpacusGradients(
+            self._denoiser,
+            self._params,
+            patients=self._microbatch,
+            functorch=self._performance.backend == "functorch",
         )
-    return found

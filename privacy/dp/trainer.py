@@ -18,7 +18,13 @@ from torch import nn
 
 from privacy.dp.execution_plan import ExecutionPlan
 from privacy.dp.noise import noise_share
-from privacy.dp.patient_gradients import NamedParameters, PatientGradients, PerSampleLoss, Progress
+from privacy.dp.patient_gradients import (
+    NamedParameters,
+    PatientGradients,
+    Performance,
+    PerSampleLoss,
+    Progress,
+)
 from privacy.dp.patient_sampling import TimestepDraw, sample_patients, uniform_timesteps
 from privacy.dp.patients import PatientScans
 from privacy.dp.quantization import quantize
@@ -40,7 +46,7 @@ class PatientTrainer:
         loss: Per-sample loss (see :class:`privacy.dp.patient_gradients.PerSampleLoss`).
         execution_plan: The checked plan; the only source of clip norm, rates and noise.
         secret: The site's secret randomness.
-        microbatch: Patients per forward pass; None: what fits in memory.
+        performance: Backend, microbatch and precision: the site's own business.
         draw_timesteps: Inverse distribution function of the timesteps.
         progress: For the site's own screen; sees private counts.
 
@@ -57,7 +63,7 @@ class PatientTrainer:
         secret: SecretRandom,
         *,
         device: str | torch.device = "cpu",
-        microbatch: int | None = None,
+        performance: Performance | None = None,
         draw_timesteps: TimestepDraw = uniform_timesteps,
         progress: Progress | None = None,
     ) -> None:
@@ -71,7 +77,7 @@ class PatientTrainer:
             loss,
             clip=execution_plan.clip,
             draws_per_patient=execution_plan.draws_per_patient,
-            microbatch=microbatch,
+            performance=performance,
             device=device,
         )
         if self._gradients.dimension != execution_plan.dimension:
