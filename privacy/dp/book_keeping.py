@@ -164,8 +164,9 @@ class BookKeeping:
         x_B = args[0] if args else next(iter(kwargs.values()))
         first = not output.requires_grad
         if first:
-            # Nothing before this layer trains: the backward pass ends here.
-            output = output.detach().requires_grad_()
+            # Nothing before this layer trains: the backward pass ends here. What follows may work in place,
+            # which a leaf does not allow.
+            output = output.detach().requires_grad_().clone()
         output.register_hook(  # type: ignore[no-untyped-call]
             partial(self._arrived, module, x_B.detach(), x_B._version)
         )

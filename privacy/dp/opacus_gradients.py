@@ -61,6 +61,7 @@ class OpacusGradients:
             with warnings.catch_warnings():
                 # torch warns wherever a layer's input needs no gradient, as the first layer's never does.
                 warnings.filterwarnings("ignore", message="Full backward hook is firing")
+                warnings.filterwarnings("ignore", message="In CPU autocast")
                 yield self._wrapped
         except NotImplementedError as error:
             raise UnsupportedLayerError(f"Opacus refuses the network: {error}") from error

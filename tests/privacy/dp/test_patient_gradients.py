@@ -1,4 +1,4 @@
-"""Clipped sums equal a loop of batch-of-one autograd per patient; what Opacus would skip is an error."""
+"""Clipped sums equal a loop of batch-of-one autograd per patient; what a backend would skip is an error."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from privacy.dp.patient_gradients import PatientGradients, UnsupportedLayerError
+from privacy.dp.layer_gradients import UnsupportedLayerError
+from privacy.dp.patient_gradients import Backend, PatientGradients, Performance
 from privacy.dp.patient_sampling import draw_for_patient
 from privacy.dp.patients import PatientScans
 from privacy.secret_random import SecretRandom
@@ -24,6 +25,7 @@ sys.modules.setdefault("dp_networks", networks)
 _spec.loader.exec_module(networks)
 
 CLIP = 0.3
+BACKENDS: tuple[Backend, ...] = ("engine", "opacus", "functorch")
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
 
 
@@ -61,19 +63,39 @@ def reference(
     return total
 
 
+@pytest.mark.parametrize("backend", ["opacus", "functorch"])
+@pytest.mark.parametrize(("draws", "microbatch"), [(1, 3), (4, 2)])
+def test_backends_agree(backend: Backend, draws: int, microbatch: int) -> None:
+    network = networks.small_denoiser(torch.float64)
+    patients = networks.cohort((1, 2, 5, 1, 2))
+    sums = [
+        PatientGradients(
+            network, networks.parameters(network), networks.loss, clip=CLIP, draws_per_patient=draws,
+            performance=Performance(backend=chosen, microbatch=microbatch),
+        ).clipped_sum(patients, networks.FixedSecret())
+        for chosen in (backend, "engine")
+    ]  # fmt: skip
+    assert relative(*sums) < 1e-10
+
+
 def relative(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("draws", [1, 4, 8])
-@pytest.mark.parametrize("microbatch", [1, 2, 3, 7])
+@pytest.mark.parametrize("microbatch", [1, 2, 3, 5, 7])
 def test_clipped_sum_is_exact(dtype: torch.dtype, draws: int, microbatch: int) -> None:
     network = networks.small_denoiser(dtype)
     params = networks.parameters(network)
     patients = networks.cohort((1, 2, 5, 1, 2))
     gradients = PatientGradients(
-        network, params, networks.loss, clip=CLIP, draws_per_patient=draws, microbatch=microbatch
+        network,
+        params,
+        networks.loss,
+        clip=CLIP,
+        draws_per_patient=draws,
+        performance=Performance(microbatch=microbatch),
     )
     found = gradients.clipped_sum(patients, networks.FixedSecret())
     expected = reference(network, params, patients, networks.FixedSecret(), draws=draws)
@@ -132,8 +154,11 @@ def test_zero_gradient_contributes_zero() -> None:
     assert not gradients.clipped_sum(networks.cohort((1, 2)), SecretRandom()).any()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38])
-def test_non_finite_patient_contributes_exactly_zero(value: float) -> None:
+def test_non_finite_patient_contributes_exactly_zero(
+    value: float, backend: Backend, caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder
+) -> None:
     network = networks.small_denoiser()
     params = networks.parameters(network)
     patients = networks.cohort((1, 2, 1))
@@ -142,33 +167,61 @@ def test_non_finite_patient_contributes_exactly_zero(value: float) -> None:
         latents_SCDHW=torch.full((1, *networks.SHAPE), value),
         conditions_S=torch.zeros(1, dtype=torch.int64),
     )
-    gradients = PatientGradients(network, params, networks.loss, clip=CLIP, draws_per_patient=2, microbatch=4)
+    gradients = PatientGradients(
+        network,
+        params,
+        networks.loss,
+        clip=CLIP,
+        draws_per_patient=2,
+        performance=Performance(backend=backend, microbatch=4),
+    )
     with_sick = gradients.clipped_sum([*patients, sick], networks.FixedSecret())
     without = gradients.clipped_sum(patients, networks.FixedSecret())
-    assert np.array_equal(with_sick, without) and np.isfinite(with_sick).all()
+    assert np.array_equal(with_sick, without) and np.isfinite(with_sick).all() and without.any()
+    assert not caplog.records and not recwarn.list
 
 
-def test_one_patient_does_not_touch_anothers_gradient() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_patient_does_not_touch_anothers_gradient(backend: Backend) -> None:
     """Bitwise: the microbatch has one shape, so a neighbour's presence changes nothing (sensitivity.py)."""
     network = networks.small_denoiser()
     params = networks.parameters(network)
     patients = networks.cohort((1, 1, 1, 1, 1))
-    gradients = PatientGradients(network, params, networks.loss, clip=1e9, draws_per_patient=2, microbatch=8)
+    gradients = PatientGradients(
+        network,
+        params,
+        networks.loss,
+        clip=1e9,
+        draws_per_patient=2,
+        performance=Performance(backend=backend, microbatch=8),
+    )
     secret = SecretRandom()
     draws = gradients._draw(patients, secret, lambda u: u)
-    with gradients._hooked() as wrapped:
-        together = gradients._patient_gradients(wrapped, *gradients._batch(patients, draws))
-        alone = gradients._patient_gradients(wrapped, *gradients._batch(patients[3:4], draws[3:4]))
-    assert torch.equal(together[3], alone[0])
+    with gradients._hooked() as (source, called):
+        together = gradients._microbatch_gradients(source, called, *gradients._batch(patients, draws))
+        rows = [together.row(patient) for patient in range(5)]
+        for patient in range(5):
+            batch = gradients._batch(patients[patient : patient + 1], draws[patient : patient + 1])
+            alone = gradients._microbatch_gradients(source, called, *batch)
+            assert torch.equal(rows[patient], alone.row(0))
+            assert together.squared_norms()[patient] == alone.squared_norms()[0]
 
 
-def test_nothing_is_left_behind() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_is_left_behind(backend: Backend) -> None:
     network = networks.small_denoiser()
     network.eval()
     network.conv.weight.requires_grad_(False)
     before = {id(m): set(vars(m)) for m in network.modules()}
     params = networks.parameters(network, "embed", "out")
-    gradients = PatientGradients(network, params, networks.loss, clip=CLIP, draws_per_patient=2)
+    gradients = PatientGradients(
+        network,
+        params,
+        networks.loss,
+        clip=CLIP,
+        draws_per_patient=2,
+        performance=Performance(backend=backend),
+    )
     for _ in range(2):
         gradients.clipped_sum(networks.cohort((1, 2)), SecretRandom())
 
@@ -177,9 +230,9 @@ def test_nothing_is_left_behind() -> None:
         raise ValueError("in the middle of a forward pass")
 
     with pytest.raises(ValueError, match="middle"):
-        PatientGradients(network, params, failing, clip=CLIP, draws_per_patient=2).clipped_sum(
-            networks.cohort((1,)), SecretRandom()
-        )
+        PatientGradients(
+            network, params, failing, clip=CLIP, draws_per_patient=2, performance=Performance(backend=backend)
+        ).clipped_sum(networks.cohort((1,)), SecretRandom())
     assert {id(m): set(vars(m)) for m in network.modules()} == before
     assert not network.training and not network.conv.training
     assert not network.conv.weight.requires_grad and network.down.weight.requires_grad
@@ -218,15 +271,23 @@ class Normed(networks.SmallDenoiser):  # type: ignore[misc, name-defined]
         self.norm = nn.BatchNorm3d(8)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
-    ("kind", "named"), [(Bypassing, "out.bias"), (Unused, "idle"), (Mixing, "mixes"), (Normed, "Opacus")]
+    ("kind", "named"), [(Bypassing, "out.bias"), (Unused, "idle"), (Mixing, "mixes"), (Normed, "Opacus|norm")]
 )
-def test_layers_without_proper_gradients_are_named(kind: type[nn.Module], named: str) -> None:
+def test_layers_without_proper_gradients_are_named(
+    kind: type[nn.Module], named: str, backend: Backend
+) -> None:
     network = kind()
     with torch.no_grad():
         network.get_parameter("out.bias").fill_(0.5)
     gradients = PatientGradients(
-        network, networks.parameters(network), networks.loss, clip=CLIP, draws_per_patient=2, microbatch=3
+        network,
+        networks.parameters(network),
+        networks.loss,
+        clip=CLIP,
+        draws_per_patient=2,
+        performance=Performance(backend=backend, microbatch=3),
     )
     with pytest.raises(UnsupportedLayerError, match=named):
         gradients.clipped_sum(networks.cohort((1, 1)), SecretRandom())
@@ -278,7 +339,9 @@ def test_monai_unet_is_exact() -> None:
 
     params = networks.parameters(unet)
     patients = networks.cohort((1, 3, 2))
-    gradients = PatientGradients(unet, params, unet_loss, clip=CLIP, draws_per_patient=4, microbatch=2)
+    gradients = PatientGradients(
+        unet, params, unet_loss, clip=CLIP, draws_per_patient=4, performance=Performance(microbatch=2)
+    )
     found = gradients.clipped_sum(patients, networks.FixedSecret())
     expected = reference(unet, params, patients, networks.FixedSecret(), draws=4, loss=unet_loss)
     assert relative(found, expected) < 1e-9

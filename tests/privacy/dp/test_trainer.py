@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from privacy.dp import trainer as trainer_module
 from privacy.dp.calibration import propose_privacy
 from privacy.dp.execution_plan import ExecutionPlan
+from privacy.dp.microbatch_gradients import DirectRows, MicrobatchGradients
 from privacy.dp.noise import noise_share
-from privacy.dp.patient_gradients import PatientGradients
+from privacy.dp.patient_gradients import PatientGradients, Performance
 from privacy.dp.patient_sampling import draw_for_patient, sample_patients
 from privacy.dp.patients import PatientScans
 from privacy.dp.trainer import PatientTrainer
@@ -110,6 +111,12 @@ def signal(plan: ExecutionPlan, patients: list[PatientScans], **options: Any) ->
     return trainer(plan, **options).distributed_update(patients) * plan.grid_step
 
 
+def all_rows(gradients: MicrobatchGradients) -> Tensor:
+    """Every patient's gradient, [P, d]."""
+    patients = len(gradients.squared_norms())
+    return torch.stack([gradients.row(patient) for patient in range(patients)])
+
+
 def two_scan_norm() -> float:
     """Norm of one two-scan patient's part, in units of C, along its two directions, 64 draws."""
     update = signal(replace(QUIET, draws_per_patient=64), [canary("a", [3, 9], 50.0)])
@@ -124,20 +131,20 @@ def test_a_patient_with_two_scans_is_clipped_as_one() -> None:
 @pytest.mark.parametrize("mutant", ["per draw", "no clipping", "per scan"])
 def test_clipping_by_anything_but_the_patient_is_seen(monkeypatch: pytest.MonkeyPatch, mutant: str) -> None:
     """Per draw, then averaged: about C/sqrt(2). Per scan, added up: about C sqrt(2)."""
-    original = PatientGradients._patient_gradients
+    original = PatientGradients._microbatch_gradients
 
-    def wrong(self: PatientGradients, wrapped: Any, z: Tensor, *rest: Tensor) -> Tensor:
-        rows = original(self, wrapped, z, *rest)
-        if mutant == "no clipping":
-            return rows
-        unit = rows.sign() * self._clip
-        share = rows.abs() / rows.abs().sum(dim=1, keepdim=True).clamp_min(1e-30)
-        return unit * (share if mutant == "per draw" else 1.0)
+    def wrong(self: PatientGradients, *arguments: Any) -> MicrobatchGradients:
+        rows = all_rows(original(self, *arguments))
+        if mutant != "no clipping":
+            share = rows.abs() / rows.abs().sum(dim=1, keepdim=True).clamp_min(1e-30)
+            rows = rows.sign() * self._clip * (share if mutant == "per draw" else 1.0)
+        return MicrobatchGradients([DirectRows(slice(0, self.dimension), rows)])
 
-    monkeypatch.setattr(PatientGradients, "_patient_gradients", wrong)
+    monkeypatch.setattr(PatientGradients, "_microbatch_gradients", wrong)
     monkeypatch.setattr(PatientGradients, "verify", lambda *_: None)
     monkeypatch.setattr(
-        "privacy.dp.patient_gradients.add_clipped", lambda total, row, _: total.add_(row.double())
+        "privacy.dp.patient_gradients.clip_factors",
+        lambda squared_norms_P, _: torch.ones_like(squared_norms_P),
     )
     assert abs(two_scan_norm() - 1.0) > 0.1
 
@@ -154,8 +161,13 @@ def test_draws_are_averaged() -> None:
 
 
 def test_sum_of_draws_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = PatientGradients._patient_gradients
-    monkeypatch.setattr(PatientGradients, "_patient_gradients", lambda self, *a: 4 * original(self, *a))
+    original = PatientGradients._microbatch_gradients
+
+    def summed(self: PatientGradients, *arguments: Any) -> MicrobatchGradients:
+        rows = 4 * all_rows(original(self, *arguments))
+        return MicrobatchGradients([DirectRows(slice(0, self.dimension), rows)])
+
+    monkeypatch.setattr(PatientGradients, "_microbatch_gradients", summed)
     monkeypatch.setattr(PatientGradients, "verify", lambda *_: None)
     assert abs(small_gradient() - 1.0) > 0.2
 
@@ -163,7 +175,9 @@ def test_sum_of_draws_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_sum_is_never_divided_by_the_batch() -> None:
     """Two, five or forty patients with the same gradient: two, five or forty times C."""
     for n in (2, 5, 40):
-        update = signal(QUIET, [canary(str(i), [7], 9.0) for i in range(n)], microbatch=3)
+        update = signal(
+            QUIET, [canary(str(i), [7], 9.0) for i in range(n)], performance=Performance(microbatch=3)
+        )
         assert abs(update[7] / QUIET.clip - n) < 0.1
 
 
