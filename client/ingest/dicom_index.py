@@ -109,6 +109,12 @@ def index_folder(root: Path) -> DicomIndex:
 
 def index_files(paths: Iterable[Path], *, root: Path) -> DicomIndex:
     """Sort files into series; ``root`` is what file names in problems are relative to."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what matters is checked where it is used
+        return _sorted_into_series(paths, root)
+
+
+def _sorted_into_series(paths: Iterable[Path], root: Path) -> DicomIndex:
     groups: dict[str, list[tuple[Path, Any]]] = defaultdict(list)
     segmentations: list[SeriesFiles] = []
     problems: list[Problem] = []
@@ -155,13 +161,11 @@ def _read_header(path: Path) -> Any:
     try:
         with path.open("rb") as file:
             magic = file.read(132)[128:] == b"DICM"
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what matters is checked where it is used
-            header = pydicom.dcmread(path, stop_before_pixels=True, force=not magic, specific_tags=_TAGS)
-            if header.file_meta.get("MediaStorageSOPClassUID") == _DIRECTORY_CLASS:
-                header.SOPClassUID = _DIRECTORY_CLASS
-            for tag in _TAGS:
-                header.get(tag)  # values are parsed when they are asked for
+        header = pydicom.dcmread(path, stop_before_pixels=True, force=not magic, specific_tags=_TAGS)
+        if header.file_meta.get("MediaStorageSOPClassUID") == _DIRECTORY_CLASS:
+            header.SOPClassUID = _DIRECTORY_CLASS
+        for tag in _TAGS:
+            header.get(tag)  # values are parsed when they are asked for
     except Exception as error:  # a parser of foreign bytes: whatever it raises, the file is unreadable
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
     if magic or header.get("SOPClassUID"):

@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from client.ingest.dicom_volume import LPS_TO_RAS, frame_groups, group_item, plane_geometry
+from client.ingest.dicom_frames import frame_groups, group_item, plane_geometry
+from client.ingest.dicom_volume import LPS_TO_RAS
+from client.ingest.pixel_decoder import stored_values
 from client.ingest.scan import LoadedVolume, ProblemKind, UnusableScanError
 from client.ingest.segment_names import values_by_name
 from shared.volumes.nifti import Affine, Volume
@@ -63,7 +65,7 @@ class SegmentationFile:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 segmentation = highdicom.seg.segread(self.path)
-                stored_FHW = _frames(segmentation)
+                stored_FHW = _frames(segmentation, stored_values(self.path))
                 values = self._values(segmentation)
                 mask = _laid_onto(segmentation, stored_FHW, values, like, self.path.name)
         except UnusableScanError:
@@ -82,9 +84,8 @@ class SegmentationFile:
         return values_by_name(named, self.labels, self.names, what=self.path.name)
 
 
-def _frames(segmentation: Any) -> NDArray[Any]:
+def _frames(segmentation: Any, stored: NDArray[Any]) -> NDArray[Any]:
     """Stored frames [F, H, W]; fractional ones as 0 or 1, at half of their maximum."""
-    stored: NDArray[Any] = segmentation.pixel_array
     stored = stored[None] if stored.ndim == 2 else stored
     if str(segmentation.SegmentationType) == "FRACTIONAL":
         return stored >= int(segmentation.MaximumFractionalValue) / 2

@@ -5,14 +5,10 @@ frame (PS3.3, C.7.6.2 and C.7.6.16), never from Slice Thickness, Instance Number
 would have to be invented, as a missing slice, is refused. What is only written in an unusual way is set right
 and told: slices out of order, a slice twice, inverted grey values, a tilted gantry. The tilt stays in the
 affine, which then is sheared, and the one interpolation to the canonical grid undoes it.
-
-Pixels are decoded by pydicom with GDCM (JPEG), pyjpegls (JPEG-LS), OpenJPEG (JPEG 2000, HTJ2K) and its own
-RLE decoder.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pydicom
 from numpy.typing import NDArray
-from pydicom.pixels import apply_modality_lut
-from pydicom.uid import JPEGExtended12Bit
 
+from client.ingest.dicom_frames import Frame, is_inverted, read_frames, rescaled_values, stored_pixels
+from client.ingest.pixel_decoder import stored_values
 from client.ingest.scan import LoadedVolume, ProblemKind, UnusableScanError
 from shared.volumes.nifti import MAX_VOXELS, Affine, Volume
 
@@ -41,26 +36,8 @@ POSITION_TOLERANCE_MM = 0.01
 
 TILT_TOLERANCE_DEG = 0.05
 
-_QUANTITATIVE = frozenset({"CT", "PT", "NM"})
-"""Modalities whose values have units, whatever their pictures look like on a screen."""
-
 _VOLUME_TAGS = ("EchoTime", "TemporalPositionIdentifier", "DiffusionBValue", "AcquisitionNumber", "ImageType",
                 "TriggerTime", "ContentTime")  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Frame:
-    """One slice before its pixels are read. Vectors in DICOM's LPS coordinates, in millimetres."""
-
-    path: Path
-    index: int | None
-    position: NDArray[np.float64]
-    orientation: NDArray[np.float64]
-    spacing: tuple[float, float]
-    shape: tuple[int, int]
-    number: int | None
-    header: Any
-    rescale: tuple[float, float] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +66,7 @@ class DicomSeries:
         Raises:
             UnusableScanError: the series is no volume, or a file of it cannot be read or decoded.
         """
-        frames = [frame for path in self.paths for frame in _read_frames(path)]
+        frames = [frame for path in self.paths for frame in read_frames(path)]
         repairs: list[str] = []
         _check_alike(frames, repairs)
         ordered = _without_duplicates(_sorted_by_position(frames), repairs)
@@ -106,118 +83,7 @@ class DicomSeries:
         )
 
 
-def frame_groups(header: Any) -> list[list[Any]]:
-    """For each frame of a multi-frame object its own functional groups, then the shared ones."""
-    shared = list(header.get("SharedFunctionalGroupsSequence") or [])
-    return [[item, *shared] for item in header.get("PerFrameFunctionalGroupsSequence") or []]
-
-
-def group_item(groups: Sequence[Any], sequence: str) -> Any:
-    """First item of a functional group; an empty data set where there is none."""
-    for group in groups:
-        if items := group.get(sequence):
-            return items[0]
-    return pydicom.Dataset()
-
-
-def plane_geometry(
-    position: Any, orientation: Any, spacing: Any, *, where: str
-) -> tuple[NDArray[np.float64], NDArray[np.float64], tuple[float, float]]:
-    """Position [3], orientation [2, 3] (unit vectors along a row and along a column) and spacing in mm.
-
-    Raises:
-        UnusableScanError: something is not there, not finite, or not at right angles.
-    """
-    for value, count, name in (
-        (position, 3, "Image Position (Patient)"),
-        (orientation, 6, "Image Orientation (Patient)"),
-        (spacing, 2, "Pixel Spacing"),
-    ):
-        if value is None or len(value) != count:
-            raise UnusableScanError(ProblemKind.NO_GEOMETRY, f"{where} has no {name}")
-    origin = np.array([float(number) for number in position])
-    cosines = np.array([float(number) for number in orientation]).reshape(2, 3)
-    steps = (float(spacing[0]), float(spacing[1]))
-    lengths = np.linalg.norm(cosines, axis=1)
-    if not np.isfinite(origin).all() or not np.isfinite(steps).all() or min(steps) <= 0:
-        raise UnusableScanError(ProblemKind.NO_GEOMETRY, f"{where}: its position or spacing makes no sense")
-    if (
-        not np.isfinite(lengths).all()
-        or np.abs(lengths - 1).max() > 0.01
-        or abs(cosines[0] @ cosines[1]) > 0.01
-    ):
-        raise UnusableScanError(ProblemKind.NO_GEOMETRY, f"{where}: rows and columns are not at right angles")
-    return origin, cosines / lengths[:, None], steps
-
-
-def _read_frames(path: Path) -> list[_Frame]:
-    """Headers of the slices of one file."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # whatever is odd and matters is checked below
-            header = pydicom.dcmread(path, stop_before_pixels=True, force=True)
-            return _frames_of(header, path)
-    except UnusableScanError:
-        raise
-    except Exception as error:  # a parser of foreign bytes: whatever it raises, the file is unreadable
-        detail = f"{path.name}: {type(error).__name__}: {error}".splitlines()[0][:200]
-        raise UnusableScanError(ProblemKind.UNREADABLE_FILE, detail) from error
-
-
-def _frames_of(header: Any, path: Path) -> list[_Frame]:
-    if lacking := [tag for tag in ("Rows", "Columns", "PhotometricInterpretation") if tag not in header]:
-        detail = f"{path.name} has no {' and no '.join(lacking)}"
-        raise UnusableScanError(ProblemKind.UNDECODABLE_PIXELS, detail)
-    colour = str(header.PhotometricInterpretation)
-    if int(header.get("SamplesPerPixel", 1)) != 1 or colour not in ("MONOCHROME1", "MONOCHROME2"):
-        raise UnusableScanError(ProblemKind.COLOUR_IMAGE, f"{path.name}: {colour}")
-    if "MOSAIC" in (header.get("ImageType") or []):
-        raise UnusableScanError(ProblemKind.MIXED_SERIES, f"{path.name}: slices tiled in one image (mosaic)")
-    groups = frame_groups(header)
-    n_frames = int(header.get("NumberOfFrames") or 1)
-    if groups and len(groups) != n_frames:
-        raise UnusableScanError(
-            ProblemKind.UNREADABLE_FILE, f"{path.name}: {n_frames} frames, geometry of {len(groups)}"
-        )
-    if not groups and n_frames > 1:
-        raise UnusableScanError(ProblemKind.NO_GEOMETRY, f"{path.name}: {n_frames} frames without positions")
-    frames = []
-    for index in range(n_frames):
-        group = groups[index] if groups else [header]
-        plane = group_item(group, "PlanePositionSequence") if groups else header
-        turned = group_item(group, "PlaneOrientationSequence") if groups else header
-        measures = group_item(group, "PixelMeasuresSequence") if groups else header
-        position, orientation, spacing = plane_geometry(
-            plane.get("ImagePositionPatient"),
-            turned.get("ImageOrientationPatient"),
-            measures.get("PixelSpacing"),
-            where=f"{path.name} frame {index + 1}" if groups else path.name,
-        )
-        number = header.get("InstanceNumber")
-        frames.append(
-            _Frame(
-                path=path,
-                index=index if groups else None,
-                position=position,
-                orientation=orientation,
-                spacing=spacing,
-                shape=(int(header.Rows), int(header.Columns)),
-                number=index if groups else (None if number in (None, "") else int(number)),
-                header=header,
-                rescale=_frame_rescale(group) if groups else None,
-            )
-        )
-    return frames
-
-
-def _frame_rescale(groups: Sequence[Any]) -> tuple[float, float] | None:
-    item = group_item(groups, "PixelValueTransformationSequence")
-    if "RescaleSlope" not in item:
-        return None
-    return float(item.RescaleSlope), float(item.RescaleIntercept)
-
-
-def _check_alike(frames: Sequence[_Frame], repairs: list[str]) -> None:
+def _check_alike(frames: Sequence[Frame], repairs: list[str]) -> None:
     """All slices have one size, one spacing and one orientation."""
     first = frames[0]
     sizes = Counter(frame.shape for frame in frames)
@@ -236,21 +102,21 @@ def _check_alike(frames: Sequence[_Frame], repairs: list[str]) -> None:
         repairs.append("slices name several frames of reference; positions were taken as of one")
 
 
-def _sorted_by_position(frames: Sequence[_Frame]) -> list[_Frame]:
+def _sorted_by_position(frames: Sequence[Frame]) -> list[Frame]:
     normal = _normal(frames[0])
     return sorted(frames, key=lambda frame: (float(frame.position @ normal), frame.number or 0))
 
 
-def _check_numbers(ordered: Sequence[_Frame], repairs: list[str]) -> None:
+def _check_numbers(ordered: Sequence[Frame], repairs: list[str]) -> None:
     numbers = [frame.number for frame in ordered if frame.number is not None]
     steps = np.diff(np.array(numbers))
     if len(numbers) == len(ordered) and not ((steps > 0).all() or (steps < 0).all()):
         repairs.append("slices were numbered out of order; sorted by position")
 
 
-def _without_duplicates(ordered: Sequence[_Frame], repairs: list[str]) -> list[_Frame]:
+def _without_duplicates(ordered: Sequence[Frame], repairs: list[str]) -> list[Frame]:
     """Leave out slices that stand twice, pixel for pixel; refuse other slices at one position."""
-    kept: list[_Frame] = []
+    kept: list[Frame] = []
     dropped = 0
     for frame in ordered:
         if kept and np.linalg.norm(frame.position - kept[-1].position) < POSITION_TOLERANCE_MM:
@@ -264,11 +130,11 @@ def _without_duplicates(ordered: Sequence[_Frame], repairs: list[str]) -> list[_
     return kept
 
 
-def _same_pixels(first: _Frame, second: _Frame) -> bool:
-    return bool(np.array_equal(_pixels(first), _pixels(second)))
+def _same_pixels(first: Frame, second: Frame) -> bool:
+    return bool(np.array_equal(stored_pixels(first), stored_pixels(second)))
 
 
-def _conflict(ordered: Sequence[_Frame], first: _Frame, second: _Frame) -> UnusableScanError:
+def _conflict(ordered: Sequence[Frame], first: Frame, second: Frame) -> UnusableScanError:
     """Several volumes in one series where a tag tells them apart; a contradiction where none does."""
     for tag in _VOLUME_TAGS:
         values = Counter(str(frame.header.get(tag, "")) for frame in ordered)
@@ -281,7 +147,7 @@ def _conflict(ordered: Sequence[_Frame], first: _Frame, second: _Frame) -> Unusa
     return UnusableScanError(ProblemKind.CONFLICTING_SLICES, names)
 
 
-def _stack_affine(ordered: Sequence[_Frame], repairs: list[str]) -> Affine:
+def _stack_affine(ordered: Sequence[Frame], repairs: list[str]) -> Affine:
     """[4, 4], indices (slice, row, column) to LPS, after checking that slices are evenly spaced on a line."""
     if len(ordered) < 2:
         raise UnusableScanError(ProblemKind.SINGLE_SLICE, ordered[0].path.name)
@@ -305,7 +171,7 @@ def _stack_affine(ordered: Sequence[_Frame], repairs: list[str]) -> Affine:
     return affine
 
 
-def _check_spacing(ordered: Sequence[_Frame], heights_mm: NDArray[np.float64]) -> None:
+def _check_spacing(ordered: Sequence[Frame], heights_mm: NDArray[np.float64]) -> None:
     steps = np.diff(heights_mm)
     typical = float(np.median(steps))
     tolerance = max(SPACING_TOLERANCE * typical, POSITION_TOLERANCE_MM)
@@ -325,71 +191,25 @@ def _check_spacing(ordered: Sequence[_Frame], heights_mm: NDArray[np.float64]) -
     raise UnusableScanError(ProblemKind.UNEVEN_SPACING, detail)
 
 
-def _called(frame: _Frame) -> str:
+def _called(frame: Frame) -> str:
     return frame.path.name if frame.index is None else f"frame {frame.index + 1}"
 
 
-def _normal(frame: _Frame) -> NDArray[np.float64]:
+def _normal(frame: Frame) -> NDArray[np.float64]:
     return np.cross(frame.orientation[0], frame.orientation[1])
 
 
-def _fill(voxels_DHW: NDArray[np.float32], ordered: Sequence[_Frame]) -> None:
+def _fill(voxels_DHW: NDArray[np.float32], ordered: Sequence[Frame]) -> None:
     decoded: dict[Path, NDArray[Any]] = {}
     for place, frame in enumerate(ordered):
         if frame.index is None:
-            voxels_DHW[place] = _values(_pixels(frame), frame)
+            voxels_DHW[place] = rescaled_values(stored_pixels(frame), frame)
             continue
         if frame.path not in decoded:
-            decoded = {frame.path: _decode(frame.path)}
+            decoded = {frame.path: stored_values(frame.path)}
         stack = decoded[frame.path]
-        voxels_DHW[place] = _values(stack[frame.index] if stack.ndim == 3 else stack, frame)
-
-
-def _pixels(frame: _Frame) -> NDArray[Any]:
-    stored = _decode(frame.path)
-    return stored if frame.index is None or stored.ndim == 2 else stored[frame.index]
-
-
-def _decode(path: Path) -> NDArray[Any]:
-    """Stored values of a file. Raises UnusableScanError."""
-    hint = ""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            dataset = pydicom.dcmread(path, force=True)
-            if dataset.file_meta.get("TransferSyntaxUID") == JPEGExtended12Bit:
-                hint = "; 12-bit JPEG needs the package pylibjpeg-libjpeg, which is under the GPL"
-            stored: NDArray[Any] = dataset.pixel_array
-        return stored
-    except Exception as error:  # decoders of many authors: whatever they raise, there are no pixels
-        reason = f"{path.name}: {type(error).__name__}: {error}".splitlines()[0][:200]
-        raise UnusableScanError(ProblemKind.UNDECODABLE_PIXELS, reason + hint) from error
-
-
-def _values(stored_HW: NDArray[Any], frame: _Frame) -> NDArray[Any]:
-    """Stored values, inverted where the series says so, after the slice's own rescale."""
-    header = frame.header
-    if stored_HW.shape != frame.shape:
-        detail = f"{frame.path.name}: pixels {stored_HW.shape}, header {frame.shape}"
-        raise UnusableScanError(ProblemKind.UNDECODABLE_PIXELS, detail)
-    if _is_inverted(header):
-        signed = int(header.get("PixelRepresentation", 0)) == 1
-        top = -1 if signed else (1 << int(header.BitsStored)) - 1
-        stored_HW = top - stored_HW.astype(np.int64)
-    if frame.rescale is not None:
-        slope, intercept = frame.rescale
-        return stored_HW * slope + intercept
-    if "ModalityLUTSequence" in header or "RescaleSlope" in header:
-        values: NDArray[Any] = apply_modality_lut(stored_HW, header)
-        return values
-    return stored_HW
-
-
-def _is_inverted(header: Any) -> bool:
-    return (
-        str(header.PhotometricInterpretation) == "MONOCHROME1" and header.get("Modality") not in _QUANTITATIVE
-    )
+        voxels_DHW[place] = rescaled_values(stack[frame.index] if stack.ndim == 3 else stack, frame)
 
 
 def _inversion(header: Any) -> list[str]:
-    return ["low values meant white (MONOCHROME1); inverted"] if _is_inverted(header) else []
+    return ["low values meant white (MONOCHROME1); inverted"] if is_inverted(header) else []

@@ -218,7 +218,7 @@ def _no_patient(hospital: Hospital) -> None:
         (_unknown_segment, ProblemKind.UNKNOWN_LABEL, "'oedema'"),
         (_shifted_mask, ProblemKind.AFFINE_MISMATCH, "does not lie on a slice"),
         (_mask_outside, ProblemKind.AFFINE_MISMATCH, "outside the image"),
-        (_broken_mask, ProblemKind.UNREADABLE_FILE, "P-0002.dcm"),
+        (_broken_mask, ProblemKind.UNDECODABLE_PIXELS, "P-0002.dcm"),
         (_two_patients_in_a_series, ProblemKind.OTHER_PATIENT, "files of 2 patients"),
         (_no_patient, ProblemKind.NO_PATIENT, "no Patient ID"),
     ],
