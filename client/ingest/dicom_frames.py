@@ -105,6 +105,8 @@ def _frames_of(header: Any, path: Path) -> list[Frame]:
     colour = str(header.PhotometricInterpretation)
     if int(header.get("SamplesPerPixel", 1)) != 1 or colour not in ("MONOCHROME1", "MONOCHROME2"):
         raise UnusableScanError(ProblemKind.COLOUR_IMAGE, f"{path.name}: {colour}")
+    if str(header.get("BurnedInAnnotation", "")).upper() == "YES":
+        raise UnusableScanError(ProblemKind.BURNED_IN_TEXT, f"{path.name} says so; it may name the patient")
     if "MOSAIC" in (header.get("ImageType") or []):
         raise UnusableScanError(ProblemKind.MIXED_SERIES, f"{path.name}: slices tiled in one image (mosaic)")
     groups = frame_groups(header)

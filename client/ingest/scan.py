@@ -31,6 +31,7 @@ class ProblemKind(StrEnum):
     NOT_RETRIEVED = "the archive did not send it whole"
     UNDECODABLE_PIXELS = "pixel data cannot be decoded"
     COLOUR_IMAGE = "colour image"
+    BURNED_IN_TEXT = "text burned into the pixels"
     NO_GEOMETRY = "no position and orientation in the patient"
     SINGLE_SLICE = "a single slice is not a volume"
     MIXED_SERIES = "several volumes in one series"

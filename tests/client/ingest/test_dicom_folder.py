@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 
 import nibabel as nib
@@ -51,6 +53,13 @@ class Hospital:
             write_segmentation(root / f"{patient}.dcm", self.files[patient], self.masks[patient])
             self.rows.append(f"{patient},,{'rare' if seed else 'common'},")
 
+    def copied_to(self, root: Path) -> Hospital:
+        shutil.copytree(self.root, root)
+        copy = deepcopy(self)
+        copy.root = root
+        copy.files = {patient: sorted((root / patient).iterdir()) for patient in self.files}
+        return copy
+
     def source(self, header: str = "patient,scan,condition,mask", **options: object) -> DicomFolder:
         (self.root / "manifest.csv").write_text("\n".join([header, *self.rows]) + "\n")
         options.setdefault("manifest", self.root / "manifest.csv")
@@ -63,9 +72,14 @@ class Hospital:
         dataset.save_as(path)
 
 
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Hospital:
+    return Hospital(tmp_path_factory.mktemp("template"))
+
+
 @pytest.fixture
-def hospital(tmp_path: Path) -> Hospital:
-    return Hospital(tmp_path / "hospital")
+def hospital(template: Hospital, tmp_path: Path) -> Hospital:
+    return template.copied_to(tmp_path / "hospital")
 
 
 @pytest.fixture

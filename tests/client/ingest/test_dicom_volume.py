@@ -174,6 +174,22 @@ def test_a_multiframe_object_is_the_series_that_it_was_made_of(series: Series, t
     assert_same_scan(multi.volume, itk_volume([tmp_path / "multi.dcm"]))
 
 
+def test_frames_of_a_multiframe_object_are_rescaled_each_by_its_own(series: Series, tmp_path: Path) -> None:
+    path = write_multiframe(tmp_path / "multi.dcm", series.write(tmp_path / "series"))
+    dataset = pydicom.dcmread(path)
+    for frame in dataset.PerFrameFunctionalGroupsSequence:  # in an order of its own
+        height = float(frame.PlanePositionSequence[0].ImagePositionPatient[2])
+        number = round((height - series.origin[2]) / series.step[2])
+        item = Dataset()
+        item.RescaleSlope, item.RescaleIntercept, item.RescaleType = "0.5", str(number), "US"
+        frame.PixelValueTransformationSequence = [item]
+    if "PixelValueTransformationSequence" in dataset.SharedFunctionalGroupsSequence[0]:
+        del dataset.SharedFunctionalGroupsSequence[0].PixelValueTransformationSequence
+    dataset.save_as(path)
+    expected = series.voxels * 0.5 + np.arange(SHAPE[0])[:, None, None]
+    np.testing.assert_array_equal(read([path]).volume.voxels_DHW, expected.astype(np.float32))
+
+
 @pytest.mark.skipif(not T1.is_dir(), reason="no T1 series (set LACUNA_DATA)")
 def test_the_real_head_is_what_simpleitk_reads() -> None:
     (found,) = index_folder(T1).images
@@ -241,6 +257,10 @@ def _make_colour(dataset: Dataset) -> None:
     dataset.SamplesPerPixel, dataset.PhotometricInterpretation, dataset.PlanarConfiguration = 3, "RGB", 0
 
 
+def _burned_in_name(paths: list[Path]) -> None:
+    _change(paths[6], lambda dataset: setattr(dataset, "BurnedInAnnotation", "YES"))
+
+
 def _truncated_pixels(paths: list[Path]) -> None:
     paths[3].write_bytes(paths[3].read_bytes()[:-400])
 
@@ -285,6 +305,7 @@ def _change(path: Path, edit: Callable[[Dataset], object]) -> None:
         (_no_spacing, ProblemKind.NO_GEOMETRY, "no Pixel Spacing"),
         (_skewed_cosines, ProblemKind.NO_GEOMETRY, "right angles"),
         (_colour, ProblemKind.COLOUR_IMAGE, "slice000.dcm: RGB"),
+        (_burned_in_name, ProblemKind.BURNED_IN_TEXT, "slice006.dcm"),
         (_truncated_pixels, ProblemKind.UNDECODABLE_PIXELS, "slice003.dcm"),
         (_garbage, ProblemKind.UNDECODABLE_PIXELS, "slice003.dcm has no Rows"),
         (_one_slice, ProblemKind.SINGLE_SLICE, "slice000.dcm"),

@@ -33,7 +33,7 @@ def mangled(data: bytes, seed: int) -> bytes:
 def test_mangled_files_are_read_or_refused_and_nothing_else(tmp_path: Path, name: str) -> None:
     data = (PYDICOM / f"{name}.dcm").read_bytes()
     refused = 0
-    for seed in range(60):
+    for seed in range(28):
         path = tmp_path / f"{name}.{seed}.dcm"
         path.write_bytes(mangled(data, seed))
         index = index_files([path], root=tmp_path)
