@@ -23,7 +23,14 @@ from server.public_calibration import calibrate_public, save_calibration
 from shared.errors import CoordinatorError, UsageError
 from shared.home import private_directory
 from shared.model.presets import preset_named
-from shared.model.shipped import PretrainedPair, shipped_pair
+from shared.model.shipped import (
+    AUTOENCODER_FILE,
+    PRIOR_FILE,
+    RANGES_FILE,
+    RECIPE_FILE,
+    PretrainedPair,
+    shipped_pair,
+)
 from shared.study_plan import CovariateClause
 from shared.volumes.canonical_grid import CanonicalGrid, to_canonical
 
@@ -48,8 +55,8 @@ def take_shipped(folder: Path, *, preset: str, progress: Progress | None = None)
     """Copy the pair that ships, and calibrate on fresh simulated patients that it never saw."""
     pair = shipped_pair(preset)
     private_directory(folder)
-    for path in (pair.autoencoder_path, pair.prior_path, pair.autoencoder_path.with_name("recipe.json")):
-        shutil.copyfile(path, folder / path.name)
+    for name in (AUTOENCODER_FILE, PRIOR_FILE, RECIPE_FILE, RANGES_FILE):
+        shutil.copyfile(pair.autoencoder_path.with_name(name), folder / name)
     if progress is not None:
         progress("calibrating on simulated patients", 0, 1)
     volumes = public_phantoms(

@@ -17,7 +17,7 @@ from shared.canonical import parse_json
 from shared.errors import CoordinatorError, UsageError
 from shared.model.denoiser import build_denoiser, parameter_subset
 from shared.model.presets import preset_named
-from shared.model.shipped import read_pair
+from shared.model.shipped import RANGES_FILE, read_pair
 from shared.plan_package import hash_file
 from shared.study_plan import Mode, RosterClause, StudyPlan, TrainableSubset, default_threshold, parse_plan
 
@@ -53,6 +53,7 @@ class PlanChoices:
     low_power: Literal["refuse", "accept"] = "refuse"
     site_approvals: int | None = None
     simulated: bool = False
+    modality: Literal["MR", "CT"] | None = None
     expires: date | None = None
     spacing_mm: tuple[float, float, float] | None = None
 
@@ -73,7 +74,7 @@ def draft_plan(choices: PlanChoices, *, roster: RosterClause, public: Path) -> S
     calibration = load_calibration(public)
     preset = preset_named(str(recipe["preset"]))
     conditions = [str(name) for name in recipe["conditions"]]
-    covariates = recipe_covariates(recipe)
+    covariates, ranges = recipe_covariates(recipe), public / RANGES_FILE
     if choices.rare_condition not in conditions:
         raise UsageError(
             f"no condition {choices.rare_condition!r}: the networks know {', '.join(conditions)}"
@@ -145,6 +146,8 @@ def draft_plan(choices: PlanChoices, *, roster: RosterClause, public: Path) -> S
                 "grid_shape": list(recipe["grid_shape"]),
                 "spacing_mm": list(choices.spacing_mm or preset.spacing_mm),
                 "covariates": [covariate.model_dump(mode="json") for covariate in covariates],
+                "modality": choices.modality,
+                "plausibility_sha256": hash_file(ranges) if ranges.exists() else None,
                 "simulated": choices.simulated,
             },
             "model": {

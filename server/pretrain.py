@@ -31,7 +31,7 @@ from shared.model.autoencoder import LatentAutoencoder, build_autoencoder
 from shared.model.conditioning import ConditionTable
 from shared.model.denoiser import build_denoiser
 from shared.model.presets import ModelPreset, preset_named
-from shared.model.shipped import AUTOENCODER_FILE, PRIOR_FILE, RECIPE_FILE, PretrainedPair
+from shared.model.shipped import AUTOENCODER_FILE, PRIOR_FILE, RANGES_FILE, RECIPE_FILE, PretrainedPair
 from shared.model.training import (
     Augmentation,
     AutoencoderLossWeights,
@@ -48,6 +48,8 @@ from shared.model.weights import load_weights, save_weights
 from shared.study_plan import CovariateClause
 from shared.volumes import phantom
 from shared.volumes.intensity import normalise_intensity
+from shared.volumes.nifti import Spacing3
+from shared.volumes.plausibility import MIN_SCANS, learn_ranges, write_ranges
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +130,7 @@ def pretrain(
     out_dir: Path,
     recipe: PretrainingRecipe,
     data_description: str,
+    spacing_mm: Spacing3 | None = None,
     progress: Progress | None = None,
     resume: bool = True,
     device: str = "cpu",
@@ -142,6 +145,7 @@ def pretrain(
         out_dir: Receives the two safetensors files (half precision), ``recipe.json``, and while training
             a resumable state under ``state/``.
         recipe: Schedules, losses, augmentation, public seeds.
+        spacing_mm: Voxel size of the volumes; None is the preset's.
         data_description: One line for the recipe: where the public volumes come from.
         resume: Continue a state of the same recipe in ``out_dir``; otherwise begin anew.
         device: Torch device to train on.
@@ -248,6 +252,17 @@ def pretrain(
             f"{covariates[k].name}: {covariates[k].describe(row)}"
             for k, row in _unseen_covariates(table, volumes)
         ]
+    ranges = (
+        learn_ranges(
+            ((volume.image, volume.mask) for volume in volumes),
+            labels=labels,
+            spacing_mm=spacing_mm or preset.spacing_mm,
+        )
+        if len(volumes) >= MIN_SCANS
+        else None
+    )
+    if ranges is not None:
+        write_ranges(out_dir / RANGES_FILE, ranges)
     write_recipe(out_dir / RECIPE_FILE, document)
     return PretrainedPair(autoencoder_path=autoencoder_path, prior_path=prior_path, recipe=document)
 

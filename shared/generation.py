@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import base64
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -21,28 +24,38 @@ from shared.model.conditioning import ConditionTable
 from shared.model.denoiser import Denoiser
 from shared.model.diffusion import diffusion_of
 from shared.model.presets import preset_named
-from shared.model.sampling import sample_latents
+from shared.model.sampling import interpolated_noise, sample_latents
 from shared.model.weights import load_weights
 from shared.study_plan import CovariateClause
 from shared.volumes.contact_sheet import contact_sheet
+from shared.volumes.dicom_series import DicomSeries, Modality
+from shared.volumes.nifti import Spacing3
+from shared.volumes.plausibility import Fault, PlausibilityRanges, faults, read_ranges
+from shared.volumes.surface import surface_sheet
 from shared.volumes.synthetic import (
+    Interpolation,
+    NiftiPairs,
     Provenance,
+    SampleFormat,
     SyntheticPair,
     files_sha256,
     is_complete,
-    pair_paths,
-    read_pair,
-    write_pair,
+    write_sample,
 )
 
 MAX_COUNT = 1_000_000
 MAX_SHEET_SAMPLES = 12
+MIN_TRIED = 16
+"""Samples before the share of rejected ones is looked at."""
 METADATA_FILE = "configs/metadata.json"
 INFERENCE_FILE = "configs/inference.json"
 AUTOENCODER_FILE = "models/autoencoder.safetensors"
 DENOISER_FILE = "models/denoiser.safetensors"
+PLAUSIBILITY_FILE = "configs/plausibility.json"
 RELEASE_FILE = "attestations/release.dsse.json"
 """The signed release statement; its SHA-256 is what the release log calls the bundle."""
+
+FileFormat = Literal["nifti", "dicom"]
 
 Side = Annotated[int, Field(ge=1, le=1024)]
 Step = Annotated[float, Field(gt=0, le=100)]
@@ -50,6 +63,10 @@ Step = Annotated[float, Field(gt=0, le=100)]
 
 class BundleError(CoordinatorError):
     """The folder is not a released bundle, or files of it are missing or damaged."""
+
+
+class ImplausibleError(CoordinatorError):
+    """The generator makes too few plausible scans."""
 
 
 class BundleMetadata(BaseModel):
@@ -63,6 +80,7 @@ class BundleMetadata(BaseModel):
     labels: tuple[str, ...] = Field(min_length=1, max_length=63)
     """Names of mask values 1, 2, ...; 0 is background."""
     covariates: tuple[CovariateClause, ...] = Field(default=(), max_length=8)
+    modality: Literal["MR", "CT"] | None = None
     grid_shape: tuple[Side, Side, Side]
     spacing_mm: tuple[Step, Step, Step]
     sampling_steps: int = Field(ge=1, le=1000)
@@ -81,17 +99,32 @@ class Generator:
     device: str
 
     def sample(
-        self, *, class_index: int, first_index: int, count: int, seed: int, steps: int, guidance_scale: float
+        self,
+        *,
+        class_index: int,
+        first_index: int,
+        count: int,
+        seed: int,
+        steps: int,
+        guidance_scale: float,
+        interpolation: Interpolation | None = None,
     ) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
         """Samples first_index to first_index + count - 1 of a seed: image_BDHW in [0, 1], mask_BDHW."""
+        shape, noise = self.denoiser.preset.latent_shape(self.metadata.grid_shape), None
+        if interpolation is not None:
+            positions = [interpolation.position(first_index + i) for i in range(count)]
+            noise = interpolated_noise(
+                seed=seed, to_seed=interpolation.to_seed, positions=positions, shape=shape
+            )
         z_BCDHW = sample_latents(
             self.denoiser,
             torch.full((count,), class_index, dtype=torch.int64, device=self.device),
             steps=steps,
             guidance_scale=guidance_scale,
             seed=seed,
-            latent_shape=self.denoiser.preset.latent_shape(self.metadata.grid_shape),
+            latent_shape=shape,
             first_index=first_index,
+            noise_BCDHW=noise,
         )
         with torch.no_grad():
             image_B1DHW, mask_BDHW = self.autoencoder.decode(z_BCDHW)
@@ -109,13 +142,23 @@ class GenerationReport:
         pairs: All pairs of the run, in the order of their index.
         written: How many of them were written now.
         present: How many were there already.
+        rejected: (index, faults) of every sample that was implausible and is not there.
+        checked: Whether the bundle has ranges to check against.
         contact_sheet: The picture of the first of them.
+        surfaces: The picture of their masks' surfaces.
     """
 
     pairs: tuple[SyntheticPair, ...]
     written: int
     present: int
+    rejected: tuple[tuple[int, tuple[Fault, ...]], ...]
+    checked: bool
     contact_sheet: Path
+    surfaces: Path
+
+    def common_faults(self, most: int = 5) -> list[tuple[str, int]]:
+        """The figures that rejected most, with counts."""
+        return _common(self.rejected, most)
 
 
 def read_metadata(bundle_dir: Path) -> BundleMetadata:
@@ -184,19 +227,28 @@ def generate_volumes(
     covariates: Mapping[str, str] | None = None,
     count: int,
     seed: int,
+    to_seed: int | None = None,
     out_dir: Path,
+    file_format: FileFormat = "nifti",
+    modality: Modality | None = None,
+    uid_root: str | None = None,
     batch_size: int = 8,
     steps: int | None = None,
     guidance: float | None = None,
+    max_rejected_share: float = 0.5,
     sheet_samples: int = 8,
+    focus: str | None = None,
     device: str = "cpu",
     progress: Callable[[str, int, int], None] | None = None,
 ) -> GenerationReport:
-    """Write ``count`` synthetic scans of a condition, each with its mask and sidecar, and a contact sheet.
+    """Write ``count`` synthetic scans of a condition, each with its mask and sidecar, and two pictures.
 
     The same bundle, seed, batch size and number of threads give the same bytes; another batch size the same
     volumes to 1e-4. Memory is that of one batch and of the sheet's samples. A run that was interrupted goes
     on where it stopped.
+
+    Where the bundle carries ranges of plausibility (:mod:`shared.volumes.plausibility`), a sample outside
+    them is not written; sampling goes on with the next index until ``count`` are there.
 
     Args:
         bundle_dir: A released bundle.
@@ -204,11 +256,17 @@ def generate_volumes(
         covariates: Values of the study's covariates; those that are not named are unknown.
         count: Number of scans, 1 to 1,000,000.
         seed: Public seed, not negative; sample i depends on (seed, i).
+        to_seed: Give instead the ``count`` steps from ``seed``'s first sample to this seed's.
         out_dir: Made if it does not exist.
+        file_format: ``nifti`` or ``dicom``.
+        modality: For DICOM; None is what the study says.
+        uid_root: For DICOM; see :class:`shared.volumes.dicom_series.DicomSeries`.
         batch_size: Scans sampled at once.
         steps: Sampling steps; None is what the bundle says.
         guidance: Classifier-free guidance; None is what the bundle says.
-        sheet_samples: How many of the first scans the contact sheet shows, 1 to 12.
+        max_rejected_share: Give up when more than this share of the samples is implausible.
+        sheet_samples: How many of the first scans the pictures show, 1 to 12.
+        focus: Label whose middle the contact sheet's slices go through; None is the smallest one.
         device: Where to sample.
         progress: Called as ("sampling", done, total) after each batch.
 
@@ -216,14 +274,20 @@ def generate_volumes(
         UsageError: an unknown condition (the known ones are listed), a number out of range.
         BundleError: the bundle is not whole.
         OutputConflictError: another run's files are in the way; nothing of them is changed.
+        ImplausibleError: too many samples were rejected. Those that were written stay.
     """
-    if not 1 <= count <= MAX_COUNT:
-        raise UsageError(f"{count} scans: choose 1 to {MAX_COUNT}")
-    if seed < 0 or seed >= 2**63:
+    least = 1 if to_seed is None else 2
+    if not least <= count <= MAX_COUNT:
+        raise UsageError(f"{count} scans: choose {least} to {MAX_COUNT}")
+    if any(not 0 <= number < 2**63 for number in (seed, to_seed or 0)):
         raise UsageError(f"seed {seed}: choose a number from 0 to 2^63 - 1")
     if batch_size < 1 or not 1 <= sheet_samples <= MAX_SHEET_SAMPLES:
         raise UsageError(f"batch size {batch_size} (at least 1), sheet of {sheet_samples} (1 to 12)")
+    if not 0.0 <= max_rejected_share < 1.0:
+        raise UsageError(f"rejected share {max_rejected_share}: 0 to below 1")
     metadata = read_metadata(bundle_dir)
+    if focus is not None and focus not in metadata.labels:
+        raise UsageError(f"no such label: {focus!r}", remedy=f"choose one of {', '.join(metadata.labels)}")
     covariates = dict(covariates or {})
     table = ConditionTable(metadata.conditions, metadata.covariates)
     class_index = table.class_index(condition, covariates)
@@ -231,6 +295,7 @@ def generate_volumes(
     guidance = metadata.guidance_scale if guidance is None else guidance
     if not 1 <= steps <= 1000 or not 0 <= guidance <= 100:
         raise UsageError(f"{steps} steps (1 to 1000), guidance {guidance} (0 to 100)")
+    ranges = read_bundle_ranges(bundle_dir, metadata)
     provenance = Provenance(
         bundle_sha256=file_sha256(bundle_dir / RELEASE_FILE),
         bundle_files_sha256=files_sha256(bundle_dir),
@@ -242,51 +307,210 @@ def generate_volumes(
         steps=steps,
         guidance_scale=float(guidance),
         labels=metadata.labels,
+        plausibility_sha256=None if ranges is None else file_sha256(bundle_dir / PLAUSIBILITY_FILE),
+        interpolation=None if to_seed is None else Interpolation(to_seed=to_seed, steps=count),
     )
+    how = sample_format(file_format, bundle_dir, metadata, modality=modality, uid_root=uid_root)
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"{out_dir}: cannot be made ({error.strerror})") from error
-    present = [is_complete(out_dir, provenance, index) for index in range(count)]
+    run = _Run(how, out_dir, provenance, ranges, metadata.spacing_mm, max_rejected_share)
     generator = None
-    for first in range(0, count, batch_size):
-        size = min(batch_size, count - first)
-        if not all(present[first : first + size]):
+    while not run.done(count):
+        size = min(batch_size, count - len(run.accepted), run.left(count))
+        indices = range(run.tried, run.tried + size)
+        present = [is_complete(how, out_dir, provenance, index) for index in indices]
+        if all(present):
+            run.take_present(indices)
+        else:
             generator = generator or load_generator(bundle_dir, device=device)
             image_BDHW, mask_BDHW = generator.sample(
                 class_index=class_index,
-                first_index=first,
+                first_index=indices[0],
                 count=size,
                 seed=seed,
+                interpolation=provenance.interpolation,
                 steps=steps,
                 guidance_scale=float(guidance),
             )
-            for offset in range(size):
-                if not present[first + offset]:
-                    write_pair(
-                        out_dir,
-                        provenance,
-                        first + offset,
-                        image_DHW=image_BDHW[offset],
-                        mask_DHW=mask_BDHW[offset],
-                        spacing_mm=metadata.spacing_mm,
-                    )
+            run.take(indices, present, image_BDHW, mask_BDHW)
         if progress is not None:
-            progress("sampling", first + size, count)
-    pairs = tuple(pair_paths(out_dir, provenance, index) for index in range(count))
-    shown = [read_pair(pair) for pair in pairs[:sheet_samples]]
-    sheet = out_dir / f"{condition}_seed{seed}_contact_sheet.png"
-    contact_sheet(
-        [image for image, _ in shown],
-        [mask for _, mask in shown],
-        sheet,
-        title=f"{metadata.study_id}: {condition}",
-        subtitle=f"{len(shown)} of {count} scans, seed {seed}, {steps} steps, "
-        f"bundle {provenance.bundle_sha256[:12]}",
-        labels=metadata.labels,
-        spacing_mm=metadata.spacing_mm,
-        captions=[f"#{index}" for index in range(len(shown))],
+            progress("sampling", len(run.accepted), count)
+    return run.finish(metadata, sheet_samples=sheet_samples, focus=focus)
+
+
+class _Run:
+    """The samples of one run: tried in order, written or rejected."""
+
+    def __init__(
+        self,
+        how: SampleFormat,
+        folder: Path,
+        provenance: Provenance,
+        ranges: PlausibilityRanges | None,
+        spacing_mm: Spacing3,
+        max_rejected_share: float,
+    ) -> None:
+        self._how, self._folder, self._provenance = how, folder, provenance
+        self._ranges, self._spacing_mm, self._max_share = ranges, spacing_mm, max_rejected_share
+        self.tried = self._written = 0
+        self.accepted: list[int] = []
+        self._rejected: list[tuple[int, tuple[Fault, ...]]] = []
+
+    def left(self, count: int) -> int:
+        """How many samples there are still to try: an interpolation has no others."""
+        return count - self.tried if self._provenance.interpolation is not None else count
+
+    def done(self, count: int) -> bool:
+        return len(self.accepted) >= count or self.left(count) <= 0
+
+    def take_present(self, indices: range) -> None:
+        """Samples that an earlier run wrote: they were plausible then."""
+        self.accepted.extend(indices)
+        self.tried += len(indices)
+
+    def take(
+        self,
+        indices: range,
+        present: list[bool],
+        image_BDHW: NDArray[np.float32],
+        mask_BDHW: NDArray[np.uint8],
+    ) -> None:
+        """Check and write a batch. Raises ImplausibleError, OutputConflictError."""
+        for index, there, image_DHW, mask_DHW in zip(indices, present, image_BDHW, mask_BDHW, strict=True):
+            self.tried += 1
+            found: list[Fault] = []
+            if self._ranges is not None and not there:
+                found = faults(image_DHW, mask_DHW, self._ranges, spacing_mm=self._spacing_mm)
+            if found:
+                self._rejected.append((index, tuple(found)))
+                self._check_limit()
+                continue
+            self.accepted.append(index)
+            if not there:
+                write_sample(
+                    self._how,
+                    self._folder,
+                    self._provenance,
+                    index,
+                    image_DHW=image_DHW,
+                    mask_DHW=mask_DHW,
+                )
+                self._written += 1
+
+    def _check_limit(self) -> None:
+        if self.tried < MIN_TRIED or len(self._rejected) <= self._max_share * self.tried:
+            return
+        why = ", ".join(f"{figure} ({times})" for figure, times in _common(self._rejected, 3))
+        raise ImplausibleError(
+            f"{len(self._rejected)} of {self.tried} samples are implausible; most often: {why}",
+            remedy="other steps or guidance may help; otherwise this generator is not usable for this "
+            "condition. --max-rejected-share lets it go on",
+        )
+
+    def finish(self, metadata: BundleMetadata, *, sheet_samples: int, focus: str | None) -> GenerationReport:
+        """Draw the pictures."""
+        provenance, folder = self._provenance, self._folder
+        if not self.accepted:
+            raise ImplausibleError("every sample is implausible", remedy="another seed")
+        pairs = tuple(self._how.pair(folder, provenance.stem(index)) for index in self.accepted)
+        shown = [self._how.read(pair) for pair in pairs[:sheet_samples]]
+        images, masks = [image for image, _ in shown], [mask for _, mask in shown]
+        facts = {
+            "title": f"{metadata.study_id}: {provenance.condition}",
+            "subtitle": f"{len(shown)} of {len(pairs)} scans, seed {provenance.seed}, "
+            f"{provenance.steps} steps, bundle {provenance.bundle_sha256[:12]}",
+            "captions": [f"#{index}" for index in self.accepted[: len(shown)]],
+        }
+        sheet = folder / f"{provenance.run_stem}_contact_sheet.png"
+        contact_sheet(
+            images,
+            masks,
+            sheet,
+            labels=metadata.labels,
+            spacing_mm=metadata.spacing_mm,
+            focus=smallest_label(masks, metadata.labels) if focus is None else focus,
+            **facts,  # type: ignore[arg-type]
+        )
+        surfaces = folder / f"{provenance.run_stem}_surfaces.png"
+        surface_sheet(
+            masks,
+            surfaces,
+            labels=metadata.labels,
+            spacing_mm=metadata.spacing_mm,
+            **facts,  # type: ignore[arg-type]
+        )
+        return GenerationReport(
+            pairs=pairs,
+            written=self._written,
+            present=len(pairs) - self._written,
+            rejected=tuple(self._rejected),
+            checked=self._ranges is not None,
+            contact_sheet=sheet,
+            surfaces=surfaces,
+        )
+
+
+def sample_format(
+    name: FileFormat,
+    bundle_dir: Path,
+    metadata: BundleMetadata,
+    *,
+    modality: Modality | None = None,
+    uid_root: str | None = None,
+) -> SampleFormat:
+    """How samples become files.
+
+    Raises:
+        UsageError: DICOM without a modality, or a root that is none.
+        BundleError: the release statement, whose time DICOM objects carry, cannot be read.
+    """
+    if name == "nifti":
+        return NiftiPairs(spacing_mm=metadata.spacing_mm)
+    chosen = modality or metadata.modality
+    if chosen is None:
+        raise UsageError(
+            "the study does not say which modality its scans have", remedy="give --modality MR or CT"
+        )
+    return DicomSeries(
+        spacing_mm=metadata.spacing_mm, modality=chosen, released=release_time(bundle_dir), uid_root=uid_root
     )
-    return GenerationReport(
-        pairs=pairs, written=count - sum(present), present=sum(present), contact_sheet=sheet
-    )
+
+
+def release_time(bundle_dir: Path) -> datetime:
+    """When the bundle was released, as its release statement says. Raises BundleError."""
+    path = bundle_dir / RELEASE_FILE
+    try:
+        envelope = parse_json(path.read_bytes(), what=str(path))
+        statement = parse_json(base64.b64decode(envelope["payload"]), what=str(path))
+        return datetime.strptime(statement["predicate"]["at"], "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)
+    except (MalformedMessageError, KeyError, TypeError, ValueError) as error:
+        raise BundleError(
+            f"{path}: does not say when the bundle was released",
+            remedy="run `lacuna compliance verify` on it",
+        ) from error
+
+
+def read_bundle_ranges(bundle_dir: Path, metadata: BundleMetadata) -> PlausibilityRanges | None:
+    """The bundle's ranges of plausibility; None where it has none. Raises BundleError."""
+    path = bundle_dir / PLAUSIBILITY_FILE
+    if not path.exists():
+        return None
+    try:
+        ranges = read_ranges(path)
+    except MalformedMessageError as error:
+        raise BundleError(str(error), remedy="run `lacuna compliance verify` on the bundle") from error
+    if ranges.labels != metadata.labels:
+        raise BundleError(f"{path}: is about other labels than the bundle's")
+    return ranges
+
+
+def smallest_label(masks: Sequence[NDArray[np.uint8]], labels: Sequence[str]) -> str:
+    """The label that takes the least room in these masks but is there: a lesion rather than its organ."""
+    sizes = {name: sum(int((mask == i).sum()) for mask in masks) for i, name in enumerate(labels, start=1)}
+    return min((name for name in labels if sizes[name]), key=lambda name: sizes[name], default=labels[-1])
+
+
+def _common(rejected: Sequence[tuple[int, tuple[Fault, ...]]], most: int) -> list[tuple[str, int]]:
+    return Counter(fault.figure for _, found in rejected for fault in found).most_common(most)

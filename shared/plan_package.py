@@ -20,6 +20,8 @@ from shared.study_plan import InvalidPlanError, StudyPlan, load_plan_toml, parse
 
 PLAN_PREDICATE = "plan/v1"
 PACKAGE_FILES = ("plan.json", "plan.toml", "plan.dsse.json", "autoencoder.safetensors", "prior.safetensors")
+PLAUSIBILITY_FILE = "plausibility.json"
+"""There where the plan names it."""
 _CHUNK_BYTES = 1 << 20
 
 
@@ -38,6 +40,20 @@ class PlanPackage:
     @property
     def prior(self) -> Path:
         return self.root / "prior.safetensors"
+
+    @property
+    def plausibility(self) -> Path | None:
+        """Ranges that synthetic scans are checked against; None where the plan names none."""
+        return None if self.plan.data.plausibility_sha256 is None else self.root / PLAUSIBILITY_FILE
+
+    def named_files(self) -> list[tuple[Path, str]]:
+        """Every file that the plan names, with the SHA-256 that it names."""
+        files = [
+            (self.autoencoder, self.plan.model.autoencoder_sha256),
+            (self.prior, self.plan.model.prior_sha256),
+        ]
+        ranges, expected = self.plausibility, self.plan.data.plausibility_sha256
+        return files if ranges is None or expected is None else [*files, (ranges, expected)]
 
 
 def hash_file(path: Path) -> str:
@@ -62,12 +78,21 @@ def sign_plan(plan: StudyPlan, key: SigningKey) -> bytes:
 
 
 def write_plan_package(
-    root: Path, plan: StudyPlan, *, key: SigningKey, autoencoder: Path, prior: Path
+    root: Path,
+    plan: StudyPlan,
+    *,
+    key: SigningKey,
+    autoencoder: Path,
+    prior: Path,
+    plausibility: Path | None = None,
 ) -> PlanPackage:
     """Sign a plan and write its package.
 
+    Args:
+        plausibility: The ranges' file, where the plan names one.
+
     Raises:
-        CoordinatorError: the directory exists, the key is not the plan's, or a network's hash differs.
+        CoordinatorError: the directory exists, the key is not the plan's, or a file's hash differs.
     """
     if key.verify_key.hex() != plan.roster.coordinator_key:
         raise CoordinatorError("the plan names another coordinator key than the one that would sign it")
@@ -79,8 +104,9 @@ def write_plan_package(
     for path, expected in (
         (autoencoder, plan.model.autoencoder_sha256),
         (prior, plan.model.prior_sha256),
+        (plausibility, plan.data.plausibility_sha256),
     ):
-        if hash_file(path) != expected:
+        if (None if path is None else hash_file(path)) != expected:
             raise CoordinatorError(f"{path} has another SHA-256 than the plan names")
     part = root.with_name(root.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
@@ -91,6 +117,8 @@ def write_plan_package(
     (part / "plan.dsse.json").write_bytes(envelope)
     shutil.copyfile(autoencoder, part / "autoencoder.safetensors")
     shutil.copyfile(prior, part / "prior.safetensors")
+    if plausibility is not None:
+        shutil.copyfile(plausibility, part / PLAUSIBILITY_FILE)
     part.rename(root)
     return PlanPackage(root=root, plan=plan, envelope=envelope)
 
@@ -124,10 +152,7 @@ def open_plan_package(root: Path) -> PlanPackage:
     if load_plan_toml(root / "plan.toml") != plan:
         raise InvalidPlanError("plan.toml, the form that people read, says other things than plan.json")
     package = PlanPackage(root=root, plan=plan, envelope=envelope)
-    for path, expected in (
-        (package.autoencoder, plan.model.autoencoder_sha256),
-        (package.prior, plan.model.prior_sha256),
-    ):
+    for path, expected in package.named_files():
         if hash_file(path) != expected:
             raise InvalidPlanError(f"{path.name} has another SHA-256 than the plan names")
     return package

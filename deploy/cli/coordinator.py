@@ -176,6 +176,7 @@ def plan_group() -> None:
     show_default=True,
     help="In-run canaries at each site: synthetic patients, trained on if a committed coin says so.",
 )
+@click.option("--modality", type=click.Choice(["MR", "CT"]), help="Of the scans; for DICOM by generate.")
 @click.option("--simulated", is_flag=True, help="Every scan of this study is simulated.")
 @click.option(
     "--valid-days",
@@ -206,6 +207,7 @@ def plan_new(
     low_power: str,
     mechanism_canaries: int,
     canaries_per_site: int,
+    modality: str | None,
     simulated: bool,
     valid_days: int,
 ) -> None:
@@ -239,6 +241,7 @@ def plan_new(
         low_power=low_power,  # type: ignore[arg-type]
         mechanism_canaries=mechanism_canaries,
         canaries_per_site=canaries_per_site,
+        modality=modality,  # type: ignore[arg-type]
         simulated=simulated,
         expires=datetime.now(UTC).date() + timedelta(days=valid_days),
     )
@@ -265,7 +268,7 @@ def plan_sign(study_id: str, out: Path | None) -> None:
 
     from privacy.dp.execution_plan import check_plan
     from server.coordinator_home import CoordinatorHome
-    from shared.plan_package import write_plan_package
+    from shared.plan_package import PLAUSIBILITY_FILE, write_plan_package
     from shared.study_plan import load_plan_toml
 
     home = CoordinatorHome.default()
@@ -283,6 +286,7 @@ def plan_sign(study_id: str, out: Path | None) -> None:
         key=home.key(),
         autoencoder=public / "autoencoder.safetensors",
         prior=public / "prior.safetensors",
+        plausibility=public / PLAUSIBILITY_FILE if plan.data.plausibility_sha256 else None,
     )
     click.echo(f"signed plan {study_id} ({plan.digest().hex()[:16]}): {package.root}")
     if out is not None:

@@ -43,6 +43,7 @@ PLAN_SIGNATURE = "attestations/plan.dsse.json"
 AUTOENCODER = "models/autoencoder.safetensors"
 DENOISER = "models/denoiser.safetensors"
 METADATA = "configs/metadata.json"
+PLAUSIBILITY = "configs/plausibility.json"
 MODEL_CARD = "docs/README.md"
 REQUIRED_FILES = (
     AUTOENCODER,
@@ -468,6 +469,10 @@ class _Verification:
         }
         if plan.data.covariates or "covariates" in stated:
             expected["covariates"] = [c.model_dump(mode="json") for c in plan.data.covariates]
+        if self.digests.get(PLAUSIBILITY) != plan.data.plausibility_sha256:
+            expected["plausibility"] = PLAUSIBILITY
+        if plan.data.modality or "modality" in stated:
+            expected["modality"] = plan.data.modality
         faults = [name for name, value in expected.items() if stated.get(name) != value]
         self.add(
             "metadata",

@@ -39,6 +39,7 @@ from shared.study_plan import StudyPlan
 RELEASE_PREDICATE = "release/v1"
 RELEASE_NAME = "attestations/release.dsse.json"
 AUTOENCODER_NAME = "models/autoencoder.safetensors"
+PLAUSIBILITY_NAME = "configs/plausibility.json"
 DENOISER_NAME = "models/denoiser.safetensors"
 
 
@@ -86,6 +87,7 @@ def write_bundle(
     *,
     autoencoder: Path,
     candidate: Path,
+    plausibility: Path | None = None,
     key: SigningKey,
     at: str,
     version: str = "1.0.0",
@@ -99,6 +101,7 @@ def write_bundle(
         evidence: Plan, ledgers, verdicts, decision, approvals.
         autoencoder: Weights that the plan names by hash; go in as they are.
         candidate: Weights that were audited; go in as they are.
+        plausibility: Ranges that the plan names by hash; None where it names none.
         key: The coordinator's.
         at: Time of the release, ``2026-01-31T12:00:00Z``.
         version: The bundle's version.
@@ -117,7 +120,15 @@ def write_bundle(
         raise CoordinatorError(f"{path} exists already; a released bundle is never overwritten")
     decision = open_decision(evidence.decision, plan=plan)
     approvals = check_approvals(evidence.decision, evidence.approvals, plan=plan)
-    reasons = _objections(evidence, decision, approvals, autoencoder=autoencoder, candidate=candidate, at=at)
+    reasons = _objections(
+        evidence,
+        decision,
+        approvals,
+        autoencoder=autoencoder,
+        candidate=candidate,
+        plausibility=plausibility,
+        at=at,
+    )
     if reasons:
         raise ReleaseRefusedError(
             "no release:\n  - " + "\n  - ".join(reasons),
@@ -130,6 +141,8 @@ def write_bundle(
         (part / "models").mkdir()
         shutil.copyfile(autoencoder, part / AUTOENCODER_NAME)
         shutil.copyfile(candidate, part / DENOISER_NAME)
+        if plausibility is not None:
+            shutil.copyfile(plausibility, part / PLAUSIBILITY_NAME)
         statement = _release_statement(part, decision, at=at)
         release = sign_statement(statement, key)
         (part / RELEASE_NAME).write_bytes(release)
@@ -164,6 +177,7 @@ def _objections(
     *,
     autoencoder: Path,
     candidate: Path,
+    plausibility: Path | None,
     at: str,
 ) -> list[str]:
     """Every reason against this release, in words."""
@@ -189,6 +203,9 @@ def _objections(
         check_in_force(evidence.plan, at, what="release")
     except EvidenceError as error:
         reasons.append(error.message)
+    named, brought = evidence.plan.data.plausibility_sha256, plausibility and file_sha256(plausibility)
+    if named != brought:
+        reasons.append(f"{PLAUSIBILITY_NAME}: {'not' if brought else 'missing, it is'} what the plan names")
     if given[AUTOENCODER_NAME] != evidence.plan.model.autoencoder_sha256:
         reasons.append(f"{AUTOENCODER_NAME}: not the autoencoder that the plan names")
     return reasons

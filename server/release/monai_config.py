@@ -119,7 +119,7 @@ def bundle_metadata(
             "conditions": list(plan.data.conditions),
             "rare_condition": plan.data.rare_condition,
             "labels": list(plan.data.labels),
-            **_covariates(plan),
+            **_optional(plan),
             "n_labels": n_labels,
             "n_conditions": len(plan.data.conditions),
             "grid_shape": list(plan.data.grid_shape),
@@ -139,10 +139,11 @@ def bundle_metadata(
     }
 
 
-def _covariates(plan: StudyPlan) -> dict[str, Any]:
-    if not plan.data.covariates:
-        return {}
-    return {"covariates": [covariate.model_dump(mode="json") for covariate in plan.data.covariates]}
+def _optional(plan: StudyPlan) -> dict[str, Any]:
+    """What only some plans have."""
+    covariates = [covariate.model_dump(mode="json") for covariate in plan.data.covariates]
+    modality = plan.data.modality
+    return ({"covariates": covariates} if covariates else {}) | ({"modality": modality} if modality else {})
 
 
 def inference_config(plan: StudyPlan) -> dict[str, Any]:

@@ -6,7 +6,8 @@ alone, so another batch size gives the same volumes up to rounding (1e-4).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -33,6 +34,26 @@ def initial_noise(*, seed: int, first_index: int, count: int, shape: tuple[int, 
     return torch.from_numpy(np.stack(rows)) if rows else torch.zeros((0, *shape))
 
 
+def interpolated_noise(
+    *, seed: int, to_seed: int, positions: Sequence[float], shape: tuple[int, int, int, int]
+) -> Tensor:
+    """noise_BCDHW on the great circle between two seeds' first noises (Shoemake 1985; Song et al. 2021).
+
+    Each step has the norm of Gaussian noise, which a straight line between two noises would lose.
+    """
+    start, end = (
+        initial_noise(seed=s, first_index=0, count=1, shape=shape).double() for s in (seed, to_seed)
+    )
+    cosine = float((start * end).sum() / (start.norm() * end.norm()))
+    angle = math.acos(min(1.0, max(-1.0, cosine)))
+    if angle < 1e-6:
+        return start.float().repeat(len(positions), 1, 1, 1, 1)
+    steps = [
+        (math.sin((1.0 - x) * angle) * start + math.sin(x * angle) * end) / math.sin(angle) for x in positions
+    ]
+    return torch.cat(steps).float()
+
+
 @torch.no_grad()
 def sample_latents(
     denoiser: Denoiser,
@@ -43,6 +64,7 @@ def sample_latents(
     seed: int,
     latent_shape: tuple[int, int, int, int],
     first_index: int = 0,
+    noise_BCDHW: Tensor | None = None,
 ) -> Tensor:
     """Integrate from noise (t = 1) to latents (t = 0) in steps that are equal in t.
 
@@ -54,6 +76,7 @@ def sample_latents(
         seed: Public seed, not negative.
         latent_shape: (C, D, H, W).
         first_index: Index of the batch's first sample; the noise depends on (seed, index).
+        noise_BCDHW: The noise itself, in place of the one of seed and index.
 
     Returns:
         Normalised latents z_BCDHW.
@@ -66,7 +89,9 @@ def sample_latents(
     device = next(denoiser.parameters()).device
     condition_B = condition_B.to(device)
     b = condition_B.shape[0]
-    z_BCDHW = initial_noise(seed=seed, first_index=first_index, count=b, shape=latent_shape).to(device)
+    if noise_BCDHW is None:
+        noise_BCDHW = initial_noise(seed=seed, first_index=first_index, count=b, shape=latent_shape)
+    z_BCDHW = noise_BCDHW.to(device)
     if b == 0:
         return z_BCDHW
     guided, diffusion = GuidedVelocity(denoiser, guidance_scale), denoiser.diffusion

@@ -9,12 +9,15 @@ from typing import Any
 from shared.canonical import parse_json
 from shared.checkpoint import file_sha256
 from shared.errors import UsageError
+from shared.plan_package import PLAUSIBILITY_FILE
 
 _ROOT = Path(__file__).parent / "pretrained"
 
 AUTOENCODER_FILE = "autoencoder.safetensors"
 PRIOR_FILE = "prior.safetensors"
 RECIPE_FILE = "recipe.json"
+RANGES_FILE = PLAUSIBILITY_FILE
+"""Ranges that the public volumes lie in (:mod:`shared.volumes.plausibility`); older pairs have none."""
 
 
 @dataclass(frozen=True, kw_only=True)

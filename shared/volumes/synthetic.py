@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,23 @@ class OutputConflictError(UsageError):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Interpolation:
+    """Samples on the way from one seed's first sample to another's.
+
+    Attributes:
+        to_seed: Where the way ends; it begins at the run's seed.
+        steps: Number of samples, both ends included, at least 2.
+    """
+
+    to_seed: int
+    steps: int
+
+    def position(self, index: int) -> float:
+        """0 for the first sample, 1 for the last."""
+        return index / (self.steps - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Provenance:
     """Everything that decides what a run's samples look like.
 
@@ -46,6 +63,8 @@ class Provenance:
         steps: Sampling steps.
         guidance_scale: Classifier-free guidance; 1 is none.
         labels: Names of mask values 1, 2, ...
+        plausibility_sha256: SHA-256 of the ranges that samples were checked against; None: not checked.
+        interpolation: Where samples are steps between two seeds' first samples.
     """
 
     bundle_sha256: str
@@ -58,47 +77,121 @@ class Provenance:
     guidance_scale: float
     labels: tuple[str, ...]
     covariates: tuple[tuple[str, str], ...] = ()
+    plausibility_sha256: str | None = None
+    interpolation: Interpolation | None = None
+
+    @property
+    def run_stem(self) -> str:
+        """Beginning of the names of all files of the run."""
+        to = "" if self.interpolation is None else f"to{self.interpolation.to_seed}"
+        return f"{self.condition}_seed{self.seed}{to}"
 
     def stem(self, index: int) -> str:
         """Beginning of the names of sample ``index``'s files."""
-        return f"{self.condition}_seed{self.seed}_{index:05d}"
+        return f"{self.run_stem}_{index:05d}"
+
+    def step_to(self, index: int) -> dict[str, Any]:
+        """Where sample ``index`` lies between the two seeds, for its sidecar."""
+        assert self.interpolation is not None
+        return {"to_seed": self.interpolation.to_seed, "position": self.interpolation.position(index)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class SyntheticPair:
-    """Files of one synthetic scan."""
+    """Files of one synthetic scan; ``image`` and ``mask`` are what the format makes of them."""
 
     image: Path
     mask: Path
     sidecar: Path
 
 
-def pair_paths(folder: Path, provenance: Provenance, index: int) -> SyntheticPair:
-    """Where sample ``index`` of a run lies."""
-    stem = provenance.stem(index)
-    return SyntheticPair(
-        image=folder / f"{stem}_image.nii.gz",
-        mask=folder / f"{stem}_mask.nii.gz",
-        sidecar=folder / f"{stem}.json",
-    )
+class SampleFormat(Protocol):
+    """How image and mask become files. Axes of the arrays run along R, A, S."""
+
+    @property
+    def name(self) -> str:
+        """Name in sidecars."""
+        ...
+
+    def pair(self, folder: Path, stem: str) -> SyntheticPair:
+        """Where a sample's files lie."""
+        ...
+
+    def write(
+        self,
+        folder: Path,
+        provenance: Provenance,
+        index: int,
+        *,
+        image_DHW: NDArray[np.float32],
+        mask_DHW: NDArray[np.uint8],
+    ) -> list[Path]:
+        """Write image and mask by :func:`place`; returns all files. Raises OutputConflictError."""
+        ...
+
+    def read(self, pair: SyntheticPair) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+        """Image_DHW and mask_DHW of a written sample. Raises VolumeFileError."""
+        ...
 
 
-def is_complete(folder: Path, provenance: Provenance, index: int) -> bool:
+@dataclass(frozen=True, kw_only=True)
+class NiftiPairs:
+    """Image (float32) and mask (uint8) as NIfTI; the grid's centre is the world's origin."""
+
+    spacing_mm: Spacing3
+    name: str = "nifti"
+
+    def pair(self, folder: Path, stem: str) -> SyntheticPair:
+        return SyntheticPair(
+            image=folder / f"{stem}_image.nii.gz",
+            mask=folder / f"{stem}_mask.nii.gz",
+            sidecar=folder / f"{stem}.json",
+        )
+
+    def write(
+        self,
+        folder: Path,
+        provenance: Provenance,
+        index: int,
+        *,
+        image_DHW: NDArray[np.float32],
+        mask_DHW: NDArray[np.uint8],
+    ) -> list[Path]:
+        pair = self.pair(folder, provenance.stem(index))
+        d, h, w = image_DHW.shape
+        affine = centred_affine((d, h, w), self.spacing_mm)
+        for path, voxels in ((pair.image, image_DHW), (pair.mask, mask_DHW)):
+
+            def write(partial: Path, voxels: NDArray[Any] = voxels) -> None:
+                write_volume(partial, voxels, affine=affine, description=DESCRIPTION)
+
+            place(path, write)
+        return [pair.image, pair.mask]
+
+    def read(self, pair: SyntheticPair) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+        image, mask = read_volume(pair.image), read_volume(pair.mask)
+        return image.voxels_DHW.astype(np.float32), mask.voxels_DHW.astype(np.uint8)
+
+
+def is_complete(how: SampleFormat, folder: Path, provenance: Provenance, index: int) -> bool:
     """Whether a sample is there already, whole, and from the same run.
 
     Raises:
         OutputConflictError: the sidecar is from another bundle or other settings, or one of the files is
             not the one that the sidecar describes.
     """
-    pair = pair_paths(folder, provenance, index)
-    if not pair.sidecar.exists():
+    stem = provenance.stem(index)
+    path = how.pair(folder, stem).sidecar
+    if not path.exists():
         return False
     try:
-        sidecar = parse_json(pair.sidecar.read_bytes(), what=str(pair.sidecar), max_bytes=MAX_SIDECAR_BYTES)
-        found = {path.name: file_sha256(path) for path in (pair.image, pair.mask)}
+        sidecar = parse_json(path.read_bytes(), what=str(path), max_bytes=MAX_SIDECAR_BYTES)
+        names = sidecar.get("files_sha256") if isinstance(sidecar, dict) else None
+        listed = [name for name in names or () if name.startswith(stem) and ".." not in name]
+        found = {name: file_sha256(folder / name) for name in listed}
     except MalformedMessageError as error:
         raise OutputConflictError(str(error), remedy="choose an empty output folder") from error
-    expected = _sidecar(provenance, index, files=found)
+    expected = _sidecar(how, provenance, index, files=found)
     if sidecar != expected:
         differ = (
             sorted(key for key in expected if sidecar.get(key) != expected[key])
@@ -106,47 +199,32 @@ def is_complete(folder: Path, provenance: Provenance, index: int) -> bool:
             else ["everything"]
         )
         raise OutputConflictError(
-            f"{pair.sidecar}: of another run (other {', '.join(differ) or 'keys'})",
+            f"{path}: of another run (other {', '.join(differ) or 'keys'})",
             remedy="choose an empty output folder, or another seed",
         )
     return True
 
 
-def write_pair(
+def write_sample(
+    how: SampleFormat,
     folder: Path,
     provenance: Provenance,
     index: int,
     *,
     image_DHW: NDArray[np.float32],
     mask_DHW: NDArray[np.uint8],
-    spacing_mm: Spacing3,
 ) -> SyntheticPair:
-    """Write image (float32), mask (uint8) and sidecar of one sample.
-
-    Axes run along R, A, S; the grid's centre is the world's origin. Header and sidecar both say synthetic.
+    """Write image, mask and, last, the sidecar of one sample. All of them say synthetic.
 
     Raises:
         OutputConflictError: a file of that name exists with other content. It is left as it is.
     """
-    pair = pair_paths(folder, provenance, index)
-    d, h, w = image_DHW.shape
-    affine = centred_affine((d, h, w), spacing_mm)
-    for path, voxels in ((pair.image, image_DHW), (pair.mask, mask_DHW)):
-
-        def write(partial: Path, voxels: NDArray[Any] = voxels) -> None:
-            write_volume(partial, voxels, affine=affine, description=DESCRIPTION)
-
-        _place(path, write)
-    files = {path.name: file_sha256(path) for path in (pair.image, pair.mask)}
-    text = json.dumps(_sidecar(provenance, index, files=files), indent=2, sort_keys=True) + "\n"
-    _place(pair.sidecar, lambda partial: _write_text(partial, text))
+    paths = how.write(folder, provenance, index, image_DHW=image_DHW, mask_DHW=mask_DHW)
+    files = {path.relative_to(folder).as_posix(): file_sha256(path) for path in paths}
+    text = json.dumps(_sidecar(how, provenance, index, files=files), indent=2, sort_keys=True) + "\n"
+    pair = how.pair(folder, provenance.stem(index))
+    place(pair.sidecar, lambda partial: _write_text(partial, text))
     return pair
-
-
-def read_pair(pair: SyntheticPair) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
-    """Image_DHW and mask_DHW of a written sample. Raises VolumeFileError."""
-    image, mask = read_volume(pair.image), read_volume(pair.mask)
-    return image.voxels_DHW.astype(np.float32), mask.voxels_DHW.astype(np.uint8)
 
 
 def files_sha256(bundle_dir: Path) -> str:
@@ -166,10 +244,13 @@ def lacuna_version() -> str:
         return "unknown"
 
 
-def _sidecar(provenance: Provenance, index: int, *, files: dict[str, str]) -> dict[str, Any]:
+def _sidecar(
+    how: SampleFormat, provenance: Provenance, index: int, *, files: dict[str, str]
+) -> dict[str, Any]:
     return {
         "format": "lacuna/synthetic-scan/v1",
         "synthetic": True,
+        "files": how.name,
         "lacuna_version": lacuna_version(),
         "bundle_sha256": provenance.bundle_sha256,
         "bundle_files_sha256": provenance.bundle_files_sha256,
@@ -183,6 +264,8 @@ def _sidecar(provenance: Provenance, index: int, *, files: dict[str, str]) -> di
         "guidance_scale": provenance.guidance_scale,
         "labels": {"0": "background"}
         | {str(value): name for value, name in enumerate(provenance.labels, start=1)},
+        **({} if provenance.interpolation is None else {"interpolation": provenance.step_to(index)}),
+        "plausibility_sha256": provenance.plausibility_sha256,
         "files_sha256": files,
     }
 
@@ -191,7 +274,7 @@ def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def _place(path: Path, write: Callable[[Path], None]) -> None:
+def place(path: Path, write: Callable[[Path], None]) -> None:
     """Write to the side and rename; keep an existing file if it has the same bytes, else refuse."""
     partial = path.with_name(f".{os.getpid()}.{path.name}")
     try:

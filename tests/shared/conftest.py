@@ -1,8 +1,9 @@
-"""Makes the small plan of the tests importable."""
+"""Makes what the tests share importable."""
 
 import sys
 from pathlib import Path
 
-TESTS = str(Path(__file__).parent.parent)
-if TESTS not in sys.path:
-    sys.path.insert(0, TESTS)
+HERE = Path(__file__).parent
+for folder in (HERE.parent, HERE):
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))

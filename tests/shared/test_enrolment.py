@@ -96,6 +96,34 @@ def test_a_package_comes_back(package: PlanPackage) -> None:
     assert sorted(path.name for path in package.root.iterdir()) == sorted(PACKAGE_FILES)
 
 
+def test_ranges_travel_with_the_plan_that_names_them(tmp_path: Path) -> None:
+    keys = Keys.of(3)
+    for name in ("autoencoder", "prior", "ranges"):
+        (tmp_path / name).write_bytes(name.encode() * 50)
+    hashes = {
+        name: hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
+        for name in ("autoencoder", "prior", "ranges")
+    }
+    plan = small_plan(
+        keys,
+        model__autoencoder_sha256=hashes["autoencoder"],
+        model__prior_sha256=hashes["prior"],
+        data__plausibility_sha256=hashes["ranges"],
+    )
+    networks = {name: tmp_path / name for name in ("autoencoder", "prior")}
+    for wrong in (None, tmp_path / "prior"):
+        with pytest.raises(CoordinatorError, match="another SHA-256"):
+            write_plan_package(tmp_path / "p", plan, key=keys.coordinator, plausibility=wrong, **networks)
+    package = write_plan_package(
+        tmp_path / "p", plan, key=keys.coordinator, plausibility=tmp_path / "ranges", **networks
+    )
+    again = open_plan_package(package.root)
+    assert again.plausibility == package.root / "plausibility.json"
+    (package.root / "plausibility.json").write_bytes(b"others")
+    with pytest.raises(InvalidPlanError, match=r"plausibility\.json"):
+        open_plan_package(package.root)
+
+
 @pytest.mark.parametrize("name", PACKAGE_FILES)
 def test_a_flipped_byte_is_noticed_and_its_file_named(package: PlanPackage, name: str) -> None:
     """At 24 places of each file, each place's lowest bit: what it changes is refused, naming the file."""

@@ -113,6 +113,7 @@ def plan_value(
     title: str = "Rare lesions at three hospitals",
     audit: dict[str, Any] | None = None,
     epsilon: float = 8.0,
+    plausibility_sha256: str | None = None,
 ) -> dict[str, Any]:
     """A plan as a parsed document, calibrated."""
     proposed = propose_privacy(
@@ -136,6 +137,7 @@ def plan_value(
             "grid_shape": [24, 24, 24],
             "spacing_mm": [4.0, 4.0, 4.0],
             "simulated": True,
+            "plausibility_sha256": plausibility_sha256,
         },
         "model": {
             "preset": "micro",

@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from release_study import AT, Study, make_verdict
+from release_study import AT, Study, make_study, make_verdict, reseal
 
 from privacy.compliance.approvals import approve_decision, check_approvals
 from privacy.compliance.dsse import EvidenceError
 from privacy.compliance.release_log import read_log_file
+from privacy.compliance.verify import verify_bundle
 from server.release.bundle import ReleaseRefusedError, bundle_sha256, write_bundle
 from server.release.gate import GateDecision, sign_decision
+from shared.checkpoint import file_sha256
 from shared.errors import CoordinatorError, RefusedError, UsageError
 from shared.identity import SigningKey
 
@@ -117,6 +119,36 @@ def test_weights_must_be_what_the_gate_saw(study: Study, tmp_path: Path) -> None
             tmp_path / "b", study.evidence(), autoencoder=changed, candidate=study.candidate, **arguments
         )
     assert [p.name for p in tmp_path.iterdir()] == ["changed.safetensors"]
+
+
+def test_ranges_of_plausibility_go_in_as_the_plan_names_them(tmp_path: Path) -> None:
+    ranges, other = tmp_path / "ranges.json", tmp_path / "other.json"
+    ranges.write_text('{"the": "ranges"}')
+    other.write_text('{"the": "others"}')
+    for name in ("with", "without"):
+        (tmp_path / name).mkdir()
+    named = make_study(tmp_path / "with", plausibility_sha256=file_sha256(ranges))
+    plain = make_study(tmp_path / "without")
+    assert b"plausibility" in named.plan.canonical() and b"plausibility" not in plain.plan.canonical()
+
+    def write(study: Study, plausibility: Path | None, out: str) -> Path:
+        return write_bundle(
+            tmp_path / out, study.evidence(), autoencoder=study.autoencoder, candidate=study.candidate,
+            plausibility=plausibility, key=study.coordinator, at=AT,
+        ).path  # fmt: skip
+
+    for study, wrong in ((named, None), (named, other), (plain, ranges)):
+        with pytest.raises(ReleaseRefusedError, match=r"plausibility\.json"):
+            write(study, wrong, "refused")
+    bundle = write(named, ranges, "bundle")
+    assert (bundle / "configs/plausibility.json").read_bytes() == ranges.read_bytes()
+    key = named.plan.roster.coordinator_key
+    assert verify_bundle(bundle, trusted_coordinator=key).passed
+    # A coordinator who swaps the ranges and signs the bundle again is found out by the plan's hash.
+    (bundle / "configs/plausibility.json").write_bytes(other.read_bytes())
+    reseal(bundle, named)
+    failed = verify_bundle(bundle, trusted_coordinator=key).failed
+    assert [check.name for check in failed] == ["metadata"] and "plausibility" in failed[0].detail
 
 
 def test_a_lying_coordinator_is_stopped_by_the_officers_checker(study: Study, tmp_path: Path) -> None:
