@@ -16,7 +16,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -55,6 +54,8 @@ from shared.agent_messages import (
     HelloReply,
     VerdictRequest,
     Work,
+    compatible,
+    own_version,
     refusal,
 )
 from shared.errors import (
@@ -196,11 +197,15 @@ class SiteAgent:
             raise RequestRefusedError(
                 "other_plan", "the request is for a plan that this site did not approve"
             )
+        if not compatible(hello.version, own_version()):
+            raise RequestRefusedError(
+                "version_mismatch", f"this site has lacuna {own_version()}, the coordinator {hello.version}"
+            )
         return HelloReply.sign(
             hello,
             site_id=self._site_id,
             last_attempt=self._ledger.last_registered_attempt(self._plan.study_id) or 0,
-            version=version("lacuna"),
+            version=own_version(),
             key=self._key,
         ).to_envelope()
 

@@ -17,8 +17,13 @@ from shared.errors import UsageError
 FLOWER_APP = Path(__file__).parent / "flower_app"
 
 
-def submit_study(study_id: str, *, flwr_home: Path, connection: str) -> str:
+def submit_study(
+    study_id: str, *, flwr_home: Path, connection: str, longest_exchange_s: float | None = None
+) -> str:
     """``flwr run`` with the study's folder; returns Flower's run id.
+
+    Args:
+        longest_exchange_s: How long a slow site is waited for; by default :class:`server.exchange.Pace`.
 
     Raises:
         UsageError: there is no ``config.toml`` in ``flwr_home``.
@@ -27,15 +32,10 @@ def submit_study(study_id: str, *, flwr_home: Path, connection: str) -> str:
     check_connection(flwr_home, connection)
     study_home = CoordinatorHome.default().study(study_id)
     StudyStore(study_home).package()
-    answer = run_flower(
-        flwr_home,
-        connection,
-        "run",
-        str(FLOWER_APP),
-        connection,
-        "--run-config",
-        f"study-home={json.dumps(str(study_home))}",
-    )
+    config = f"study-home={json.dumps(str(study_home))}"
+    if longest_exchange_s is not None:
+        config += f" longest-exchange-s={float(longest_exchange_s)}"
+    answer = run_flower(flwr_home, connection, "run", str(FLOWER_APP), connection, "--run-config", config)
     return str(answer["run-id"])
 
 

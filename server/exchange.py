@@ -11,21 +11,28 @@ depend on the number of sites.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from server.site_directory import SiteDirectory
 from server.transport import Transport
-from shared.agent_messages import EXCHANGE, EXCHANGE_REPLY, REFUSED
+from shared.agent_messages import EXCHANGE, EXCHANGE_REPLY, REFUSED, WORK
 from shared.errors import LacunaError, MalformedMessageError
 from shared.wire import Envelope, pack, unpack
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pace:
-    """How long the driver waits. Seconds."""
+    """How long the driver waits. Seconds.
+
+    A site that is alive and slow is waited for up to ``exchange_s``. Once as many sites as the threshold have
+    answered, the others have ``patience`` times the slowest answer measured so far to an exchange of that
+    kind, at least ``shortest_s``: a site that stalls does not hold up everybody for the longest time.
+    """
 
     exchange_s: float = 600.0
+    shortest_s: float = 60.0
+    patience: float = 4.0
     quorum_s: float = 900.0
     hello_s: float = 60.0
     poll_s: float = 0.4
@@ -41,11 +48,15 @@ class Exchanger:
         directory: SiteDirectory,
         pace: Pace,
         *,
+        needed: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """``needed``: sites without which a round fails; until they answered nobody is given up as slow."""
         self._transport = transport
         self._directory = directory
         self._pace = pace
+        self._needed = needed
+        self._slowest_s: dict[str, float] = {}
         self._clock = clock
 
     def run(
@@ -63,17 +74,34 @@ class Exchanger:
         Returns:
             For each site that gave no answer, why.
         """
-        envelopes = ((site, pack(EXCHANGE, list(items))) for site, items in parts if items)
-        return self._exchange(envelopes, lambda site, reply: on_parts(site, _parts(reply)))
+        kinds: set[str] = set()
+
+        def packed() -> Iterator[tuple[str, Envelope]]:
+            for site, items in parts:
+                if items:
+                    kinds.update(str(item.body.get("purpose")) for item in items if item.kind == WORK)
+                    yield site, pack(EXCHANGE, list(items))
+
+        return self._exchange(packed(), lambda site, reply: on_parts(site, _parts(reply)), kinds)
 
     def send(
         self, envelopes: Mapping[str, Envelope], *, on_reply: Callable[[str, Envelope], None]
     ) -> dict[str, str]:
         """Send one envelope a site; see :meth:`run`."""
-        return self._exchange(envelopes.items(), on_reply)
+        return self._exchange(envelopes.items(), on_reply, {"verdict"})
+
+    def _patience_s(self, measured_s: float | None, answered: int) -> float:
+        """How long those who have not answered are waited for, as things stand."""
+        if measured_s is None or self._needed is None or answered < self._needed:
+            return self._pace.exchange_s
+        soft_s = max(self._pace.shortest_s, self._pace.patience * measured_s)
+        return min(soft_s, self._pace.exchange_s)
 
     def _exchange(
-        self, envelopes: Iterable[tuple[str, Envelope]], on_reply: Callable[[str, Envelope], None]
+        self,
+        envelopes: Iterable[tuple[str, Envelope]],
+        on_reply: Callable[[str, Envelope], None],
+        kinds: Collection[str],
     ) -> dict[str, str]:
         lost: dict[str, str] = {}
         pending: dict[str, str] = {}
@@ -83,13 +111,17 @@ class Exchanger:
             )
             pending[message_id] = site
             del envelope  # else it would live on while the answers come
-        deadline = self._clock() + self._pace.exchange_s
+        # A piece of work is a kind of its own, by purpose; messages of the protocol alone are another.
+        kind, started, n_asked = min(kinds, default="protocol"), self._clock(), len(pending)
+        measured_s, slowest_s = self._slowest_s.get(kind), 0.0
         next_check = self._clock() + self._pace.node_check_s
         while pending:
             answered = [item for item in pending.items() if self._take(*item, on_reply, lost)]
             for message_id, _ in answered:
                 del pending[message_id]
             now = self._clock()
+            if answered:
+                slowest_s = now - started
             if now >= next_check and pending:
                 next_check = now + self._pace.node_check_s
                 connected = set(self._transport.nodes())
@@ -97,11 +129,15 @@ class Exchanger:
                     if self._directory.node(site) not in connected:
                         lost[site] = "its node is gone"
                         del pending[message_id]
-            if now >= deadline:
+            good = n_asked - len(pending) - len(lost)
+            if pending and now - started >= self._patience_s(measured_s, good):
                 lost.update(dict.fromkeys(pending.values(), "no answer before the deadline"))
+                # Next time there is more patience, up to the longest time.
+                slowest_s = now - started
                 break
             if pending and not answered:
                 time.sleep(self._pace.poll_s)
+        self._slowest_s[kind] = max(measured_s or 0.0, slowest_s)
         for site in lost:
             self._directory.forget(site)
         return lost

@@ -86,7 +86,8 @@ class RoundDriver:
         self._plan = self._package.plan
         check_plan(self._plan)
         self._directory = SiteDirectory(self._plan, transport, run_id=run_id)
-        self._exchanger = Exchanger(transport, self._directory, self._pace, clock=clock)
+        needed = self._plan.secure_aggregation.threshold
+        self._exchanger = Exchanger(transport, self._directory, self._pace, needed=needed, clock=clock)
         self._model = self._load_model()
 
     @property
@@ -193,7 +194,10 @@ class RoundDriver:
                     )
             elif not waiting_said:
                 waiting_said = True
-                self._event("waiting_for_sites", missing=list(self._directory.missing()))
+                missing = list(self._directory.missing())
+                self._event(
+                    "waiting_for_sites", missing=missing, other_versions=self._directory.other_versions
+                )
             if self._clock() >= deadline:
                 raise self._no_attempt(task, lost)
             # Every set-up that fails costs an entry in the ledgers of the sites that did answer.

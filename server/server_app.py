@@ -28,6 +28,7 @@ app = ServerApp()
 @app.main()  # type: ignore[untyped-decorator]
 def main(grid: Grid, context: Context) -> None:
     """Continue the study kept at ``study-home`` until it is done or cannot go on."""
+    from server.exchange import Pace
     from server.round_driver import run_study
 
     home = context.run_config.get("study-home")
@@ -36,7 +37,9 @@ def main(grid: Grid, context: Context) -> None:
             "the run's configuration lacks study-home, an absolute path",
             remedy="start the run with `lacuna coordinator launch`",
         )
-    run_study(FlowerTransport(grid), study_home=home, run_id=str(context.run_id))
+    longest_s = context.run_config.get("longest-exchange-s")
+    pace = Pace(exchange_s=longest_s) if isinstance(longest_s, float) and longest_s > 0 else None
+    run_study(FlowerTransport(grid), study_home=home, run_id=str(context.run_id), pace=pace)
 
 
 class FlowerTransport:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Collection
 
 from server.transport import Transport
-from shared.agent_messages import Hello, HelloReply
+from shared.agent_messages import Hello, HelloReply, compatible, own_version
 from shared.errors import LacunaError
 from shared.study_plan import StudyPlan
 from shared.wire import Envelope
@@ -31,6 +31,8 @@ class SiteDirectory:
         self._node_of: dict[str, int] = {}
         self._probes: dict[str, tuple[int, Hello, float]] = {}
         self._excluded: frozenset[str] = frozenset()
+        self.other_versions: dict[str, str] = {}
+        """Sites that answered with a version that cannot take part, and which."""
         self.last_attempt = 0
 
     @property
@@ -111,5 +113,9 @@ class SiteDirectory:
             return
         if answer.site_id in self._excluded:
             return
+        if not compatible(answer.version, own_version()):
+            self.other_versions[answer.site_id] = answer.version
+            return
+        self.other_versions.pop(answer.site_id, None)
         self._node_of[answer.site_id] = node
         self.last_attempt = max(self.last_attempt, answer.last_attempt)

@@ -7,7 +7,8 @@ messages, see ``shared/WIRE_FORMAT.md``); ``verdict_request`` asks for the signe
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Any, Literal
 
 import numpy as np
@@ -28,6 +29,7 @@ VERDICT_REQUEST, VERDICT_REPLY = "verdict_request", "verdict_reply"
 MAX_ATTEMPT = 2**31
 MAX_COUNTS = 4096
 _HEX32 = re.compile(r"[0-9a-f]{64}")
+_VERSION = re.compile(r"[0-9A-Za-z.+-]{1,64}")
 _RUN_ID = re.compile(r"[A-Za-z0-9-]{1,64}")
 
 
@@ -53,24 +55,44 @@ def _fields(envelope: Envelope, kind: str, names: set[str]) -> dict[str, Any]:
     return envelope.body
 
 
+def own_version() -> str:
+    """Version of the installed Lacuna."""
+    return version("lacuna")
+
+
+def compatible(one: str, other: str) -> bool:
+    """Whether two ends of these versions may run a study together: the same major and minor number."""
+    return one.split(".")[:2] == other.split(".")[:2]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Hello:
-    """Who is there? ``nonce`` is 32 bytes in hex."""
+    """Who is there? ``nonce`` is 32 bytes in hex; ``version`` is the coordinator's."""
 
     nonce: str
     plan_sha256: str
     run_id: str
+    version: str = field(default_factory=own_version)
 
     def to_envelope(self) -> Envelope:
-        return Envelope(HELLO, {"nonce": self.nonce, "plan_sha256": self.plan_sha256, "run_id": self.run_id})
+        return Envelope(
+            HELLO,
+            {
+                "nonce": self.nonce,
+                "plan_sha256": self.plan_sha256,
+                "run_id": self.run_id,
+                "version": self.version,
+            },
+        )
 
     @classmethod
     def from_envelope(cls, envelope: Envelope) -> Hello:
-        body = _fields(envelope, HELLO, {"nonce", "plan_sha256", "run_id"})
+        body = _fields(envelope, HELLO, {"nonce", "plan_sha256", "run_id", "version"})
         return cls(
             nonce=text_field(body, "nonce", _HEX32, what=HELLO),
             plan_sha256=text_field(body, "plan_sha256", _HEX32, what=HELLO),
             run_id=text_field(body, "run_id", _RUN_ID, what=HELLO),
+            version=text_field(body, "version", _VERSION, what=HELLO),
         )
 
 
@@ -112,7 +134,7 @@ class HelloReply:
         return cls(
             site_id=text_field(body, "site_id", NAME, what=HELLO_REPLY),
             last_attempt=integer_field(body, "last_attempt", 0, MAX_ATTEMPT, what=HELLO_REPLY),
-            version=text_field(body, "version", re.compile(r"[0-9A-Za-z.+-]{1,64}"), what=HELLO_REPLY),
+            version=text_field(body, "version", _VERSION, what=HELLO_REPLY),
             signature=text_field(body, "signature", re.compile(r"[0-9a-f]{128}"), what=HELLO_REPLY),
         )
 
@@ -122,6 +144,7 @@ def _hello_parts(hello: Hello, site_id: str, last_attempt: int, version: str) ->
         bytes.fromhex(hello.nonce),
         bytes.fromhex(hello.plan_sha256),
         hello.run_id.encode(),
+        hello.version.encode(),
         site_id.encode(),
         last_attempt.to_bytes(8, "big"),
         version.encode(),

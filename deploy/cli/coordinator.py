@@ -22,6 +22,12 @@ from shared.exit_codes import ExitCode
 
 PathType = click.Path(path_type=Path)
 study_option = click.option("--study", "study_id", required=True, help="Study id.")
+longest_option = click.option(
+    "--longest-exchange",
+    type=click.FloatRange(60, 86_400),
+    metavar="SECONDS",
+    help="How long a slow site is waited for (600).",
+)
 
 
 @click.group(name="coordinator")
@@ -317,12 +323,17 @@ def plan_collect(study_id: str, approvals: tuple[Path, ...]) -> None:
     "--flwr-home", type=PathType, required=True, help="FLWR_HOME with config.toml of the SuperLink."
 )
 @click.option("--connection", default="lacuna", show_default=True, help="Its name in config.toml.")
+@longest_option
 @json_option
-def launch(study_id: str, flwr_home: Path, connection: str, as_json: bool) -> None:
+def launch(
+    study_id: str, flwr_home: Path, connection: str, longest_exchange: float | None, as_json: bool
+) -> None:
     """Submit the study to the SuperLink, as a Flower run."""
     from deploy.flower_run import submit_study
 
-    run_id = submit_study(study_id, flwr_home=flwr_home, connection=connection)
+    run_id = submit_study(
+        study_id, flwr_home=flwr_home, connection=connection, longest_exchange_s=longest_exchange
+    )
     if as_json:
         print_json({"run_id": run_id, "study": study_id})
     else:
@@ -337,14 +348,19 @@ def launch(study_id: str, flwr_home: Path, connection: str, as_json: bool) -> No
     "--flwr-home", type=PathType, required=True, help="FLWR_HOME with config.toml of the SuperLink."
 )
 @click.option("--connection", default="lacuna", show_default=True, help="Its name in config.toml.")
+@longest_option
 @json_option
-def resume(study_id: str, flwr_home: Path, connection: str, as_json: bool) -> None:
+def resume(
+    study_id: str, flwr_home: Path, connection: str, longest_exchange: float | None, as_json: bool
+) -> None:
     """Continue a study in a new Flower run, from its last checkpoint."""
     from deploy.flower_run import submit_study
     from server.study_store import StudyStore
 
     done = StudyStore.default(study_id).completed_rounds()
-    run_id = submit_study(study_id, flwr_home=flwr_home, connection=connection)
+    run_id = submit_study(
+        study_id, flwr_home=flwr_home, connection=connection, longest_exchange_s=longest_exchange
+    )
     if as_json:
         print_json({"run_id": run_id, "study": study_id, "completed_rounds": done})
     else:

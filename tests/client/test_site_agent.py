@@ -100,6 +100,11 @@ def test_another_plan_in_the_hello_is_refused(trio: Trio, caplog: pytest.LogCapt
     refused_and_sound(trio, caplog, "other_plan", reply)
 
 
+def test_a_coordinator_of_another_version_is_refused(trio: Trio, caplog: pytest.LogCaptureFixture) -> None:
+    reply = trio.agents[0].handle(hello(trio, version="0.2.0"))
+    refused_and_sound(trio, caplog, "version_mismatch", reply)
+
+
 def test_nothing_is_served_under_an_expired_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LACUNA_COUNTER_DIR", str(tmp_path / "counters"))
     trio = Trio(tmp_path, expires="2026-01-31")

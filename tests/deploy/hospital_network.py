@@ -43,6 +43,7 @@ DRIVER, SUPERLINK, DOOR, STRANGER = 62011, 62012, 62014, 62099
 PORT, SUPERLINK_PORT, INNER_PORT, NODE_PORT = 8443, 23900, 9443, 9094
 COORDINATOR_IP = "10.77.0.1"
 START_S = 240.0
+RESTARTS, RESTART_S = 5, 20.0
 
 
 def unmet() -> str | None:
@@ -275,6 +276,9 @@ class HospitalNetwork:
         os.kill(self.pid("perimeter"), 1)
 
     def launch(self, verb: str = "launch") -> str:
+        store = StudyStore(self.coordinator_home.study(self.study))
+        store.events()  # the database is there, and the operator's, before anybody else looks at it
+        store.close()
         self.own_coordinator()
         answer = self.operate(verb, "--study", self.study, "--flwr-home", str(self.operator_home), "--json")
         return str(answer["run_id"])
@@ -288,7 +292,7 @@ class HospitalNetwork:
                 ended = [kind for _, _, kind, _ in store.events() if kind in ("run_finished", "run_failed")]
                 if ended:
                     return ended[-1]
-                time.sleep(1)
+                time.sleep(2)
             return "timeout"
         finally:
             store.close()
@@ -338,19 +342,27 @@ class HospitalNetwork:
         self.start_agent(i)
         own = folder / "supernode"
         values = dict(line.split("=", 1) for line in (own / "supernode.env").read_text().splitlines())
-        self.start(f"supernode{i}", self.inner[i], users.node, [
+        command = [
             str(BIN / "flower-supernode"), "--superlink", values["LACUNA_PERIMETER"],
             "--root-certificates", str(own / "perimeter-ca.pem"),
             "--auth-supernode-private-key", str(own / "node.key"),
             "--isolation", "process", "--superexec-auth-secret-file", str(own / "superexec.secret"),
             "--host", "127.0.0.1", "--port", values["LACUNA_NODE_PORT"],
             "--node-config", values["LACUNA_NODE_CONFIG"],
-        ])  # fmt: skip
+        ]  # fmt: skip
         self.start(f"courier{i}", self.inner[i], users.courier, [
             str(BIN / "flower-superexec"), "--insecure", "--runtime-api-address", f"127.0.0.1:{NODE_PORT}",
             "--superexec-auth-secret-file", str(folder / "courier" / "superexec.secret"),
         ], groups=[users.group])  # fmt: skip
-        self.await_log(f"supernode{i}", "SuperNode ID")
+        # As the service unit does: after a kill Flower refuses the key until the old heartbeat lapses.
+        for _ in range(RESTARTS):
+            self.start(f"supernode{i}", self.inner[i], users.node, command)
+            try:
+                self.await_log(f"supernode{i}", "SuperNode ID")
+                return
+            except AssertionError:
+                time.sleep(RESTART_S)
+        raise AssertionError(f"{self.log(f'supernode{i}').read_text(errors='replace')[-2000:]}")
 
     def start_agent(self, i: int) -> None:
         users, name = self.users[i], self.sites[i]
