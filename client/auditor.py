@@ -29,7 +29,7 @@ from privacy.audit.bounds import (
     smallest_n_for_rate,
 )
 from privacy.audit.controls import PLANTED, member_coin, planted_leak
-from privacy.audit.copies import Autoencoder, embed, nearest_distances
+from privacy.audit.copies import Autoencoder, CopySpace, VolumeEmbedding, nearest_distances
 from privacy.audit.counts import Counts, CountsLayout, PatientFigures
 from privacy.audit.membership import (
     AttackLosses,
@@ -212,6 +212,7 @@ def audit_candidate(
     public_denoiser: Denoiser,
     candidate_denoiser: Denoiser,
     autoencoder: Autoencoder | None,
+    copy_embedding: VolumeEmbedding | None = None,
     members: Sequence[ScansOfPatient],
     held_out: Sequence[ScansOfPatient],
     loss: LossPerSample | None = None,
@@ -225,6 +226,7 @@ def audit_candidate(
         public_denoiser: The public prior that training started from.
         candidate_denoiser: The network that is to be released. Neither network is changed.
         autoencoder: The public autoencoder; None compares latents as they are.
+        copy_embedding: The plan's embedding of volumes; None where it names none.
         members, held_out: This hospital's patients (``PatientScans``).
         loss: None is the loss of the candidate's own diffusion.
         progress: Called as (stage, done, total).
@@ -255,7 +257,8 @@ def audit_candidate(
     )
     losses, distances = [], []
     checked_NCDHW = samples_NCDHW[: clause.copy_samples]
-    embedding_NE = embed(autoencoder, checked_NCDHW.to(device)) if clause.copy_samples else None
+    space = CopySpace(autoencoder=autoencoder, embedding=copy_embedding)
+    embedding_NE = space.of_samples(checked_NCDHW.to(device)) if clause.copy_samples else None
     for group, stage in ((members, "members"), (held_out, "held out")):
         losses.append(
             attack_losses(
@@ -272,7 +275,7 @@ def audit_candidate(
         distances.append(
             np.full(len(group), np.inf)
             if embedding_NE is None
-            else nearest_distances(autoencoder, group, embedding_NE, device=device, progress=progress)
+            else nearest_distances(space, group, embedding_NE, device=device, progress=progress)
         )
     secondary = [
         [
@@ -295,7 +298,7 @@ def audit_candidate(
     if autoencoder is None or embedding_NE is None:
         return audit
     neighbours = nearest_neighbours(
-        autoencoder, members, distances[0], checked_NCDHW, embedding_NE, device=device
+        space, autoencoder, members, distances[0], checked_NCDHW, embedding_NE, device=device
     )
     return replace(audit, neighbours=neighbours)
 

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from privacy.audit.bounds import FloatArray
-from privacy.audit.copies import Autoencoder, embed
+from privacy.audit.copies import Autoencoder, CopySpace
 from privacy.audit.membership import ScansOfPatient
+from shared.model.copy_embedding import MIRRORS
 
 SHOWN = 8
 """Members whose nearest sample is kept as a picture."""
@@ -39,7 +40,7 @@ class Neighbour:
         distance: In the public embedding, as in the audit.
         sample: Number of the sample among those that the audit checked, from 0.
         patient_picture, sample_picture: uint8 [H, W]: middle planes across the three axes in a row, as the
-            public autoencoder gives both back.
+            public autoencoder gives both back; the patient's in the mirrored view that is nearest.
     """
 
     patient_key: str
@@ -79,6 +80,7 @@ class Neighbour:
 
 @torch.no_grad()
 def nearest_neighbours(
+    space: CopySpace,
     autoencoder: Autoencoder,
     patients: Sequence[ScansOfPatient],
     distances: FloatArray,
@@ -91,6 +93,8 @@ def nearest_neighbours(
     """The ``shown`` patients with the smallest distances, each with the scan and the sample that are nearest.
 
     Args:
+        space: Where the distances were measured.
+        autoencoder: Draws the pictures.
         distances: From :func:`privacy.audit.copies.nearest_distances`, float64 [P].
         samples_NCDHW: Samples that were checked, as latents; ``sample_embedding_NE`` is their embedding.
     """
@@ -99,12 +103,13 @@ def nearest_neighbours(
         if not math.isfinite(distances[index]):
             continue
         patient = patients[int(index)]
-        own_SE = embed(autoencoder, patient.latents_SCDHW.to(device))
-        apart_SN = torch.cdist(own_SE, sample_embedding_NE, compute_mode="donot_use_mm_for_euclid_dist")
-        scan, sample = divmod(int(apart_SN.argmin()), apart_SN.shape[1])
+        apart = space.distances(space.of_patient(patient.latents_SCDHW.to(device)), sample_embedding_NE)
+        row, sample = divmod(int(apart.argmin()), apart.shape[1])
+        scan, view = divmod(row, space.views)
         both = torch.stack([patient.latents_SCDHW[scan].to(device), samples_NCDHW[sample].to(device)])
         images_B1DHW, _ = autoencoder.decode(both)
-        pictures = [_planes(image) for image in images_B1DHW[:, 0].to("cpu", torch.float32).numpy()]
+        own_DHW, sample_DHW = images_B1DHW[:, 0].to("cpu", torch.float32)
+        pictures = [_planes(image.numpy()) for image in (own_DHW.flip(MIRRORS[view]), sample_DHW)]
         found.append(
             Neighbour(
                 patient_key=patient.patient_key,

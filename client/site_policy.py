@@ -70,7 +70,7 @@ class SitePolicy(BaseModel):
     """True admits plans that release also where the audit is too blind to see much."""
     min_significance: float = Field(default=0.05, gt=0, lt=0.5)
     """A plan with a smaller level blocks less easily."""
-    min_copy_samples: int = Field(default=64, ge=0)
+    min_copy_samples: int = Field(default=500, ge=0)
     max_copied_share: float = Field(default=0.1, ge=0, le=1)
     """Largest share of the declared patients that the gate may let be copied."""
     max_audit_attempts: int = Field(default=2, ge=1)

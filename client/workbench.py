@@ -30,6 +30,7 @@ from shared.home import write_private
 from shared.model.autoencoder import LatentAutoencoder, build_autoencoder
 from shared.model.candidate import load_prior, write_candidate
 from shared.model.conditioning import ConditionTable
+from shared.model.copy_embedding import load_copy_embedding
 from shared.model.denoiser import Denoiser, assign
 from shared.model.diffusion import timesteps_from_uniform
 from shared.model.presets import preset_named
@@ -82,6 +83,8 @@ class SiteWorkbench:
         self._execution = ExecutionPlan.from_study_plan(plan)
         self._counts = CountsLayout.from_plan(plan)
         self._autoencoder = load_autoencoder(plan, package.autoencoder).to(device)
+        embedding = load_copy_embedding(package.copy_embedding, n_labels=len(plan.data.labels))
+        self._copy_embedding = None if embedding is None else embedding.to(device)
         store = SiteStore.open(home.store_path(plan.study_id))
         self._load_patients(store)
         self._coins = CanaryCoins.of_store(store, plan, site_id=home.site_id)
@@ -156,6 +159,7 @@ class SiteWorkbench:
             public_denoiser=self._public,
             candidate_denoiser=candidate.requires_grad_(False).eval().to(self._device),
             autoencoder=self._autoencoder,
+            copy_embedding=self._copy_embedding,
             members=self.members,
             held_out=self.held_out,
             device=self._device,

@@ -399,7 +399,13 @@ class DecathlonScans:
     rare = "small"
     measured: tuple[str, ...] = ("anterior", "posterior")
     samples = 40
-    policy_changes: tuple[str, ...] = ("allow_low_power=true", "max_copied_share=0.15")
+    COPY_SAMPLES = 64
+    """500, the default, would take ten minutes of two cores at this size."""
+    policy_changes: tuple[str, ...] = (
+        "allow_low_power=true",
+        "max_copied_share=0.15",
+        f"min_copy_samples={COPY_SAMPLES}",
+    )
     PUBLIC_PATIENTS = 30
     SPLIT_SEED = 1
 
@@ -449,7 +455,8 @@ class DecathlonScans:
         self._demo._lacuna(
             "coordinator", "coordinator", "pretrain", "--study", STUDY, "--preset", "tiny",
             *self._source("public"), "--conditions", "normal,small", "--labels", "anterior,posterior",
-            "--autoencoder-steps", "800", "--prior-steps", "600",
+            "--autoencoder-steps", "800", "--prior-steps", "600", "--embedding-steps", "100",
+            "--copy-samples", str(self.COPY_SAMPLES),
         )  # fmt: skip
 
     @property
@@ -457,7 +464,7 @@ class DecathlonScans:
         declared = 5 * round(self._members / 5)
         return [
             "--rare", self.rare, "--declared-patients", str(declared), "--rounds", "20",
-            "--low-power", "accept",
+            "--low-power", "accept", "--copy-samples", str(self.COPY_SAMPLES),
         ]  # fmt: skip
 
     def import_choices(self, name: str) -> list[str]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from client.ingest.decathlon import DecathlonFolder, read_patient_list
 from client.ingest.nifti import NiftiFolder
 from client.ingest.quality import CheckedScan, check_scan
 from client.scan_import import keep_covariates
+from privacy.audit.copies import CopyCalibration
 from server.pretrain import (
     PublicVolume,
     default_recipe,
@@ -31,6 +33,7 @@ from shared.model.shipped import (
     PretrainedPair,
     shipped_pair,
 )
+from shared.plan_package import COPY_EMBEDDING_FILE
 from shared.study_plan import CovariateClause
 from shared.volumes.canonical_grid import CanonicalGrid, to_canonical
 
@@ -55,7 +58,10 @@ def take_shipped(folder: Path, *, preset: str, progress: Progress | None = None)
     """Copy the pair that ships, and calibrate on fresh simulated patients that it never saw."""
     pair = shipped_pair(preset)
     private_directory(folder)
-    for name in (AUTOENCODER_FILE, PRIOR_FILE, RECIPE_FILE, RANGES_FILE):
+    names = [AUTOENCODER_FILE, PRIOR_FILE, RECIPE_FILE, RANGES_FILE]
+    if pair.copy_embedding_path is not None:
+        names.append(COPY_EMBEDDING_FILE)
+    for name in names:
         shutil.copyfile(pair.autoencoder_path.with_name(name), folder / name)
     if progress is not None:
         progress("calibrating on simulated patients", 0, 1)
@@ -77,11 +83,13 @@ def train_on(
     covariates: tuple[CovariateClause, ...] = (),
     autoencoder_steps: int | None,
     prior_steps: int | None,
+    embedding_steps: int | None,
+    copy_samples: int = 500,
     seed: int,
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> None:
-    """Train both networks on public scans, then calibrate on those that were held out.
+    """Train the networks on public scans, then calibrate on those that were held out.
 
     Raises:
         CoordinatorError: a public scan is not sound; every problem is named.
@@ -95,6 +103,8 @@ def train_on(
         recipe = replace(recipe, autoencoder=replace(recipe.autoencoder, steps=autoencoder_steps))
     if prior_steps is not None:
         recipe = replace(recipe, prior=replace(recipe.prior, steps=prior_steps))
+    if embedding_steps is not None:
+        recipe = replace(recipe, copy_embedding=replace(recipe.copy_embedding, steps=embedding_steps))
     patients = sorted({volume.patient_id for volume in volumes})
     pair = pretrain(
         preset=preset,
@@ -108,7 +118,14 @@ def train_on(
         device=device,
         progress=None if progress is None else lambda stage, done, total, _: progress(stage, done, total),
     )
-    _calibrate(folder, pair, volumes, unseen=held_out_patients(patients, recipe.held_out_share))
+    _calibrate(
+        folder,
+        pair,
+        volumes,
+        unseen=held_out_patients(patients, recipe.held_out_share),
+        copy_samples=copy_samples,
+        progress=progress,
+    )
 
 
 def read_public(
@@ -164,7 +181,13 @@ def read_public(
 
 
 def _calibrate(
-    folder: Path, pair: PretrainedPair, volumes: list[PublicVolume], *, unseen: list[str] | None
+    folder: Path,
+    pair: PretrainedPair,
+    volumes: list[PublicVolume],
+    *,
+    unseen: list[str] | None,
+    copy_samples: int = 500,
+    progress: Progress | None = None,
 ) -> None:
     recipe = pair.recipe
     advice = recipe.get("private_training", {})
@@ -178,8 +201,20 @@ def _calibrate(
             labels=[str(name) for name in recipe["labels"]],
             autoencoder_path=pair.autoencoder_path,
             prior_path=pair.prior_path,
+            copy_embedding_path=pair.copy_embedding_path,
             volumes=volumes,
             unseen=unseen,
             subset=str(chosen.get("trainable", "all")),
+            copies=_kept_copy_calibration(recipe),
+            copy_samples=copy_samples,
+            progress=progress,
         ),
     )
+
+
+def _kept_copy_calibration(recipe: dict[str, Any]) -> CopyCalibration | None:
+    """The copy distance of a shipped pair, calibrated once; None where it has to be done now."""
+    kept = recipe.get("copy_check")
+    if kept is None:
+        return None
+    return CopyCalibration(**{field.name: kept[field.name] for field in fields(CopyCalibration)})

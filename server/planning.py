@@ -46,7 +46,7 @@ class PlanChoices:
     max_colluding: int = 1
     threshold: int | None = None
     max_attempts: int | None = None
-    copy_samples: int = 64
+    copy_samples: int = 500
     mechanism_canaries: int = 1024
     canaries_per_site: int = 0
     min_power: float = 0.5
@@ -72,6 +72,12 @@ def draft_plan(choices: PlanChoices, *, roster: RosterClause, public: Path) -> S
     pair = read_pair(public)
     recipe = pair.recipe
     calibration = load_calibration(public)
+    if choices.copy_samples > calibration["copy_samples"]:
+        raise UsageError(
+            f"the copy distance is calibrated for {calibration['copy_samples']} samples, "
+            f"the audit would check {choices.copy_samples}: it would take patients for copied that are not",
+            remedy="lacuna coordinator pretrain again, or --copy-samples",
+        )
     preset = preset_named(str(recipe["preset"]))
     conditions = [str(name) for name in recipe["conditions"]]
     covariates, ranges = recipe_covariates(recipe), public / RANGES_FILE
@@ -130,6 +136,9 @@ def draft_plan(choices: PlanChoices, *, roster: RosterClause, public: Path) -> S
             "low_power": choices.low_power,
             "mechanism_canaries": choices.mechanism_canaries if choices.mode == "distributed" else 0,
             "canaries_per_site": choices.canaries_per_site,
+            "copy_embedding_sha256": None
+            if pair.copy_embedding_path is None
+            else hash_file(pair.copy_embedding_path),
         }
     )
     plan = parse_plan(

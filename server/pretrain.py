@@ -1,4 +1,5 @@
-"""Pretraining on public volumes: the frozen autoencoder, and the prior that the hospitals start from.
+"""Pretraining on public volumes: the frozen autoencoder, the prior that the hospitals start from, and the
+embedding of the copy check.
 
 The volumes are declared public by the coordinator; no member's scan may be among them. Patients, not scans,
 are held out to choose the prior. A condition without a public volume gets a row in the embedding table all
@@ -29,22 +30,32 @@ from shared.checkpoint import file_sha256
 from shared.errors import CoordinatorError
 from shared.model.autoencoder import LatentAutoencoder, build_autoencoder
 from shared.model.conditioning import ConditionTable
+from shared.model.copy_embedding import Disguise, build_copy_embedding
 from shared.model.denoiser import build_denoiser
 from shared.model.presets import ModelPreset, preset_named
-from shared.model.shipped import AUTOENCODER_FILE, PRIOR_FILE, RANGES_FILE, RECIPE_FILE, PretrainedPair
+from shared.model.shipped import (
+    AUTOENCODER_FILE,
+    PRIOR_FILE,
+    RANGES_FILE,
+    RECIPE_FILE,
+    PretrainedPair,
+)
 from shared.model.training import (
     Augmentation,
     AutoencoderLossWeights,
     Progress,
     TrainingSchedule,
     augment,
+    decode_batches,
     encode_batches,
     held_out_loss,
     local_std,
     train_autoencoder,
+    train_copy_embedding,
     train_denoiser,
 )
 from shared.model.weights import load_weights, save_weights
+from shared.plan_package import COPY_EMBEDDING_FILE
 from shared.study_plan import CovariateClause
 from shared.volumes import phantom
 from shared.volumes.intensity import normalise_intensity
@@ -85,18 +96,24 @@ class PretrainingRecipe:
     Attributes:
         autoencoder: Schedule of the autoencoder.
         prior: Schedule of the prior.
+        copy_embedding: Schedule of the copy check's embedding.
         loss_weights: Terms of the autoencoder's loss.
         autoencoder_augmentation: Wide, so that the autoencoder can show shapes that are rare in public.
         prior_augmentation: Mild, so that the prior stays true to the public volumes.
+        embedding_augmentation: Makes further "patients" for the embedding to tell apart.
+        disguises: What a copy may have been through and must still be near.
         copies: Augmented copies of each public volume whose latents the prior trains on.
         held_out_share: Share of public patients held out (at least one patient).
     """
 
     autoencoder: TrainingSchedule
     prior: TrainingSchedule
+    copy_embedding: TrainingSchedule
     loss_weights: AutoencoderLossWeights = field(default_factory=AutoencoderLossWeights)
     autoencoder_augmentation: Augmentation = WIDE_AUGMENTATION
     prior_augmentation: Augmentation = field(default_factory=Augmentation)
+    embedding_augmentation: Augmentation = field(default_factory=Augmentation)
+    disguises: Disguise = field(default_factory=Disguise)
     copies: int = 4
     held_out_share: float = 0.15
 
@@ -109,10 +126,16 @@ def default_recipe(preset: ModelPreset, *, seed: int) -> PretrainingRecipe:
                 steps=1800, batch_size=8, learning_rate=2e-3, seed=seed, ema_decay=0.99
             ),
             prior=TrainingSchedule(steps=1000, batch_size=64, learning_rate=2e-3, seed=seed),
+            copy_embedding=TrainingSchedule(
+                steps=600, batch_size=64, learning_rate=2e-3, seed=seed, ema_decay=0.98
+            ),
         )
     return PretrainingRecipe(
         autoencoder=TrainingSchedule(steps=1500, batch_size=8, learning_rate=1e-3, seed=seed),
         prior=TrainingSchedule(steps=1200, batch_size=32, learning_rate=1e-3, seed=seed),
+        copy_embedding=TrainingSchedule(
+            steps=300, batch_size=32, learning_rate=2e-3, seed=seed, ema_decay=0.98
+        ),
         autoencoder_augmentation=Augmentation(flip_axes=(2,), zoom=(0.85, 1.2), stretch=0.05, shift=0.08),
         prior_augmentation=Augmentation(flip_axes=(), zoom=(0.93, 1.07), stretch=0.03, shift=0.06),
         copies=24,
@@ -135,14 +158,14 @@ def pretrain(
     resume: bool = True,
     device: str = "cpu",
 ) -> PretrainedPair:
-    """Train autoencoder and prior on public volumes and write both with their recipe.
+    """Train autoencoder, prior and copy embedding on public volumes and write them with their recipe.
 
     Args:
         volumes: Public scans, all on one grid that fits the preset.
         conditions: The study's conditions in the plan's order; some may have no public volume.
         labels: Names of mask labels 1, 2, ... in the plan's order.
         covariates: What else the plan will declare; values without a public volume start as unknown.
-        out_dir: Receives the two safetensors files (half precision), ``recipe.json``, and while training
+        out_dir: Receives the three safetensors files (half precision), ``recipe.json``, and while training
             a resumable state under ``state/``.
         recipe: Schedules, losses, augmentation, public seeds.
         spacing_mm: Voxel size of the volumes; None is the preset's.
@@ -163,7 +186,8 @@ def pretrain(
     state_dir.mkdir(parents=True, exist_ok=True)
     fingerprint = _data_sha256(image_N1DHW, mask_NDHW, condition_N)
     states = {
-        stage: state_dir / f"{stage}-{fingerprint[:16]}.safetensors" for stage in ("autoencoder", "prior")
+        stage: state_dir / f"{stage}-{fingerprint[:16]}.safetensors"
+        for stage in ("autoencoder", "prior", "copy-embedding")
     }
     if not resume:
         for path in states.values():
@@ -202,6 +226,18 @@ def pretrain(
         progress=progress,
         state_path=states["prior"],
     )
+    embedding_path = out_dir / COPY_EMBEDDING_FILE
+    pretrain_copy_embedding(
+        embedding_path,
+        autoencoder,
+        image_N1DHW[~held_out_N],
+        mask_NDHW[~held_out_N],
+        _patient_numbers(volumes)[~held_out_N],
+        recipe=recipe,
+        metadata=header,
+        progress=progress,
+        state_path=states["copy-embedding"],
+    )
     counts = Counter(volume.condition for volume in volumes)
     most_frequent = table.index_of(max(table.names, key=lambda name: counts[name]))
     unseen = [name for name in table.names if counts[name] == 0]
@@ -233,6 +269,7 @@ def pretrain(
         "parameters": {
             "autoencoder": sum(p.numel() for p in autoencoder.parameters()),
             "denoiser": sum(p.numel() for p in denoiser.parameters()),
+            "copy_embedding": sum(p.numel() for p in build_copy_embedding(n_labels=len(labels)).parameters()),
         },
         "autoencoder_held_out": reconstruction_figures(
             autoencoder, image_N1DHW[held_out_N], mask_NDHW[held_out_N], labels
@@ -244,7 +281,9 @@ def pretrain(
         "torch": str(torch.__version__),
         "torch_threads": torch.get_num_threads(),
         "wall_seconds_of_this_process": round(time.monotonic() - started, 1),
-        "sha256": {name: file_sha256(out_dir / name) for name in (AUTOENCODER_FILE, PRIOR_FILE)},
+        "sha256": {
+            name: file_sha256(out_dir / name) for name in (AUTOENCODER_FILE, PRIOR_FILE, COPY_EMBEDDING_FILE)
+        },
     }
     if covariates:
         document["covariates"] = [covariate.model_dump(mode="json") for covariate in covariates]
@@ -264,7 +303,48 @@ def pretrain(
     if ranges is not None:
         write_ranges(out_dir / RANGES_FILE, ranges)
     write_recipe(out_dir / RECIPE_FILE, document)
-    return PretrainedPair(autoencoder_path=autoencoder_path, prior_path=prior_path, recipe=document)
+    return PretrainedPair(
+        autoencoder_path=autoencoder_path,
+        prior_path=prior_path,
+        copy_embedding_path=embedding_path,
+        recipe=document,
+    )
+
+
+def pretrain_copy_embedding(
+    path: Path,
+    autoencoder: LatentAutoencoder,
+    image_N1DHW: Tensor,
+    mask_NDHW: Tensor,
+    patient_N: Tensor,
+    *,
+    recipe: PretrainingRecipe,
+    metadata: dict[str, str],
+    progress: Progress | None = None,
+    state_path: Path | None = None,
+) -> None:
+    """Train the copy check's embedding on public volumes as the autoencoder shows them, and write it.
+
+    Args:
+        path: Receives the weights (half precision).
+        patient_N: Whose each volume is, int64.
+        metadata: Goes into the file.
+    """
+    embedding = build_copy_embedding(n_labels=autoencoder.n_labels, seed=recipe.copy_embedding.seed)
+    embedding.to(next(autoencoder.parameters()).device)
+    seen_N1DHW, seen_NDHW = decode_batches(autoencoder, encode_batches(autoencoder, image_N1DHW, mask_NDHW))
+    train_copy_embedding(
+        embedding,
+        seen_N1DHW,
+        seen_NDHW,
+        patient_N,
+        schedule=recipe.copy_embedding,
+        augmentation=recipe.embedding_augmentation,
+        disguises=recipe.disguises,
+        progress=progress,
+        state_path=state_path,
+    )
+    save_weights(embedding, path, {**metadata, "network": "copy embedding"}, half=True)
 
 
 def recipe_covariates(recipe: Mapping[str, Any]) -> tuple[CovariateClause, ...]:
@@ -293,10 +373,7 @@ def reconstruction_figures(
         the original, where a mask is; 1 is as sharp), and per label ``dice_NAME`` (mean over volumes).
     """
     z_NCDHW = encode_batches(autoencoder, image_N1DHW, mask_NDHW)
-    device = next(autoencoder.parameters()).device
-    decoded = [autoencoder.decode(z_NCDHW[i : i + 32].to(device)) for i in range(0, z_NCDHW.shape[0], 32)]
-    output_N1DHW = torch.cat([image.cpu() for image, _ in decoded])
-    output_NDHW = torch.cat([mask.cpu() for _, mask in decoded])
+    output_N1DHW, output_NDHW = decode_batches(autoencoder, z_NCDHW)
     inside = (mask_NDHW > 0)[:, None]
     figures = {
         "l1": float((output_N1DHW - image_N1DHW).abs().mean()),
@@ -339,7 +416,7 @@ def pretrain_micro(
 ) -> PretrainedPair:
     """Reproduce the pair that ships for the simulated volumes: public phantoms, no rare condition among them.
 
-    ``steps_factor`` shortens both schedules (for tests).
+    ``steps_factor`` shortens the schedules (for tests).
     """
     preset = preset_named("micro")
     recipe = default_recipe(preset, seed=seed)
@@ -347,6 +424,9 @@ def pretrain_micro(
         recipe,
         autoencoder=replace(recipe.autoencoder, steps=max(1, round(recipe.autoencoder.steps * steps_factor))),
         prior=replace(recipe.prior, steps=max(1, round(recipe.prior.steps * steps_factor))),
+        copy_embedding=replace(
+            recipe.copy_embedding, steps=max(1, round(recipe.copy_embedding.steps * steps_factor))
+        ),
     )
     return pretrain(
         preset=preset,
@@ -412,6 +492,11 @@ def held_out_patients(patient_ids: Iterable[str], share: float) -> list[str]:
 def _held_out_rows(patient_ids: Sequence[str], share: float) -> Tensor:
     chosen = set(held_out_patients(patient_ids, share))
     return torch.tensor([name in chosen for name in patient_ids])
+
+
+def _patient_numbers(volumes: Sequence[PublicVolume]) -> Tensor:
+    numbers = {name: i for i, name in enumerate(dict.fromkeys(volume.patient_id for volume in volumes))}
+    return torch.tensor([numbers[volume.patient_id] for volume in volumes])
 
 
 def _augmented_latents(

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from privacy.audit.copies import calibrate_copy_distance
+from privacy.audit.copies import CopyCalibration, CopySpace, calibrate_copy_distance
 from privacy.audit.membership import AttackNoise, attack_losses
 from privacy.dp.patient_gradients import PatientGradients
 from privacy.dp.patients import PatientScans
@@ -24,7 +24,8 @@ from shared.errors import CoordinatorError
 from shared.home import write_private
 from shared.model.autoencoder import LatentAutoencoder, build_autoencoder
 from shared.model.conditioning import ConditionTable
-from shared.model.denoiser import build_denoiser, parameter_subset
+from shared.model.copy_embedding import load_copy_embedding
+from shared.model.denoiser import Denoiser, build_denoiser, parameter_subset
 from shared.model.presets import preset_named
 from shared.model.sampling import sample_latents
 from shared.model.training import encode_batches
@@ -32,7 +33,7 @@ from shared.model.weights import load_weights
 from shared.study_plan import CovariateClause
 
 CALIBRATION_FILE = "calibration.json"
-UNRELATED_SAMPLES = 64
+_SAMPLING_BATCH = 32
 
 Progress = Callable[[str, int, int], None]
 
@@ -45,22 +46,32 @@ def calibrate_public(
     labels: Sequence[str],
     autoencoder_path: Path,
     prior_path: Path,
+    copy_embedding_path: Path | None = None,
     volumes: Sequence[PublicVolume],
     unseen: Sequence[str] | None = None,
     subset: str = "all",
     timesteps: Sequence[float] = (0.2, 0.4, 0.6, 0.8),
     draws_per_timestep: int = 2,
+    copies: CopyCalibration | None = None,
+    copy_samples: int = 500,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Figures for ``plan new``.
 
     Args:
+        copy_embedding_path: The copy check's embedding; None compares latents.
         volumes: Public scans on the canonical grid.
-        unseen: Public patients that the prior was not trained on; None: all of ``volumes``.
+        copies: The copy distance, where it was calibrated before; None: now, against
+            ``copy_samples`` samples of the prior.
+        copy_samples: As many as an audit will check: with more of them, more patients come near one by
+            chance.
+        unseen: Public patients that the networks were not trained on; None: all of ``volumes``.
         subset: Which parameters the gradient norms are measured over.
 
     Returns:
         ``public_losses`` (the prior's loss on each unseen public patient), ``copy_distance``,
-        ``false_copy_rate``, ``gradient_norms`` (quartiles over public patients).
+        ``false_copy_rate`` (for audits of at most ``copy_samples`` samples), ``gradient_norms`` (quartiles
+        over public patients).
     """
     preset = preset_named(preset_name)
     autoencoder = build_autoencoder(preset, n_labels=len(labels))
@@ -76,7 +87,7 @@ def calibrate_public(
             f"{len(fresh)} public patients were held out of pretraining; calibration needs at least 3",
             remedy="declare more patients public",
         )
-    latent_shape = tuple(fresh[0].latents_SCDHW.shape[1:])
+    latent_shape = preset.latent_shape(_grid(volumes))
     noise = AttackNoise.from_plan_digest(
         bytes(32), timesteps=timesteps, draws_per_timestep=draws_per_timestep, latent_shape=latent_shape
     )
@@ -85,15 +96,18 @@ def calibrate_public(
     losses = attack_losses(
         public_denoiser=prior, candidate_denoiser=prior, patients=fresh, noise=noise, loss=per_sample_loss
     )
-    samples = sample_latents(
-        prior,
-        torch.arange(UNRELATED_SAMPLES) % len(conditions),
-        steps=preset.sampling_steps,
-        guidance_scale=preset.guidance_scale,
-        seed=1,
-        latent_shape=preset.latent_shape(_grid(volumes)),
-    )
-    copies = calibrate_copy_distance(autoencoder, fresh, unrelated_NCDHW=samples)
+    if copies is None:
+        space = CopySpace(
+            autoencoder=autoencoder, embedding=load_copy_embedding(copy_embedding_path, n_labels=len(labels))
+        )
+        unrelated = unrelated_samples(
+            prior,
+            copy_samples,
+            n_conditions=len(conditions),
+            latent_shape=latent_shape,
+            progress=progress,
+        )
+        copies = calibrate_copy_distance(space, fresh, unrelated_NCDHW=unrelated, progress=progress)
     parameters = parameter_subset(prior, subset)
     secret = SecretRandom()
     norms = [
@@ -113,9 +127,37 @@ def calibrate_public(
         "public_losses": [round(float(value), 6) for value in losses.public_P],
         "copy_distance": copies.distance,
         "false_copy_rate": copies.false_copy_rate,
+        "copy_samples": copies.n_samples,
         "subset": subset,
         "gradient_norms": [round(float(q), 5) for q in np.quantile(norms, [0.25, 0.5, 0.75])],
     }
+
+
+def unrelated_samples(
+    prior: Denoiser,
+    count: int,
+    *,
+    n_conditions: int,
+    latent_shape: tuple[int, int, int, int],
+    progress: Progress | None = None,
+) -> torch.Tensor:
+    """Samples of the public prior, all conditions in turn: copies of nobody in the calibration."""
+    parts = []
+    for first in range(0, count, _SAMPLING_BATCH):
+        parts.append(
+            sample_latents(
+                prior,
+                torch.arange(first, min(first + _SAMPLING_BATCH, count)) % n_conditions,
+                steps=prior.preset.sampling_steps,
+                guidance_scale=prior.preset.guidance_scale,
+                seed=1,
+                latent_shape=latent_shape,
+                first_index=first,
+            )
+        )
+        if progress is not None:
+            progress("unrelated samples", min(first + _SAMPLING_BATCH, count), count)
+    return torch.cat(parts)
 
 
 def public_patients(
@@ -153,7 +195,8 @@ def load_calibration(folder: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(value, dict) or value.get("format") != "lacuna/public-calibration/v1":
         raise CoordinatorError(f"{folder / CALIBRATION_FILE} is damaged")
-    missing = {"public_losses", "copy_distance", "false_copy_rate", "gradient_norms"} - set(value)
+    needed = {"public_losses", "copy_distance", "false_copy_rate", "copy_samples", "gradient_norms"}
+    missing = needed - set(value)
     if missing:
         raise CoordinatorError(
             f"{folder / CALIBRATION_FILE} is damaged: it lacks {', '.join(sorted(missing))}"

@@ -1,7 +1,8 @@
 """The plan package: what a coordinator hands to the sites, as one directory of files.
 
 ``plan.json`` (canonical bytes), ``plan.toml`` (for people), ``plan.dsse.json`` (the coordinator's
-signature), and the two public networks that the plan names by hash. Whoever opens a package checks the
+signature), and the public networks that the plan names by hash: autoencoder, prior, and the copy check's
+embedding where the plan has one. Whoever opens a package checks the
 signature and every hash before anything is used.
 """
 
@@ -20,7 +21,12 @@ from shared.study_plan import InvalidPlanError, StudyPlan, load_plan_toml, parse
 
 PLAN_PREDICATE = "plan/v1"
 PACKAGE_FILES = ("plan.json", "plan.toml", "plan.dsse.json", "autoencoder.safetensors", "prior.safetensors")
+"""Files of every package."""
+
 PLAUSIBILITY_FILE = "plausibility.json"
+"""There where the plan names it."""
+
+COPY_EMBEDDING_FILE = "copy_embedding.safetensors"
 """There where the plan names it."""
 _CHUNK_BYTES = 1 << 20
 
@@ -46,14 +52,26 @@ class PlanPackage:
         """Ranges that synthetic scans are checked against; None where the plan names none."""
         return None if self.plan.data.plausibility_sha256 is None else self.root / PLAUSIBILITY_FILE
 
-    def named_files(self) -> list[tuple[Path, str]]:
+    @property
+    def copy_embedding(self) -> Path | None:
+        """The copy check's network; None where the plan names none."""
+        return None if self.plan.audit.copy_embedding_sha256 is None else self.root / COPY_EMBEDDING_FILE
+
+    def named_files(self) -> dict[Path, str]:
         """Every file that the plan names, with the SHA-256 that it names."""
-        files = [
-            (self.autoencoder, self.plan.model.autoencoder_sha256),
-            (self.prior, self.plan.model.prior_sha256),
-        ]
-        ranges, expected = self.plausibility, self.plan.data.plausibility_sha256
-        return files if ranges is None or expected is None else [*files, (ranges, expected)]
+        plan = self.plan
+        files = (
+            (self.autoencoder, plan.model.autoencoder_sha256),
+            (self.prior, plan.model.prior_sha256),
+            (self.plausibility, plan.data.plausibility_sha256),
+            (self.copy_embedding, plan.audit.copy_embedding_sha256),
+        )
+        return {path: sha256 for path, sha256 in files if path is not None and sha256 is not None}
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Names of the package's files."""
+        return tuple(dict.fromkeys([*PACKAGE_FILES, *(path.name for path in self.named_files())]))
 
 
 def hash_file(path: Path) -> str:
@@ -85,14 +103,16 @@ def write_plan_package(
     autoencoder: Path,
     prior: Path,
     plausibility: Path | None = None,
+    copy_embedding: Path | None = None,
 ) -> PlanPackage:
     """Sign a plan and write its package.
 
     Args:
-        plausibility: The ranges' file, where the plan names one.
+        plausibility, copy_embedding: Where the plan names one, and nowhere else.
 
     Raises:
-        CoordinatorError: the directory exists, the key is not the plan's, or a file's hash differs.
+        CoordinatorError: the directory exists, the key is not the plan's, or a file is missing or not the
+            one that the plan names.
     """
     if key.verify_key.hex() != plan.roster.coordinator_key:
         raise CoordinatorError("the plan names another coordinator key than the one that would sign it")
@@ -101,26 +121,28 @@ def write_plan_package(
             f"{root} exists already; a signed plan is never overwritten",
             remedy="give the changed plan a new study id, or another directory",
         )
-    for path, expected in (
-        (autoencoder, plan.model.autoencoder_sha256),
-        (prior, plan.model.prior_sha256),
-        (plausibility, plan.data.plausibility_sha256),
-    ):
-        if (None if path is None else hash_file(path)) != expected:
-            raise CoordinatorError(f"{path} has another SHA-256 than the plan names")
+    package = PlanPackage(root=root, plan=plan, envelope=sign_plan(plan, key))
+    named = package.named_files()
+    given = {
+        package.autoencoder: autoencoder,
+        package.prior: prior,
+        root / PLAUSIBILITY_FILE: plausibility,
+        root / COPY_EMBEDDING_FILE: copy_embedding,
+    }
+    for target, path in given.items():
+        if (None if path is None else hash_file(path)) != named.get(target):
+            raise CoordinatorError(f"{path or target.name} has another SHA-256 than the plan names")
     part = root.with_name(root.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    envelope = sign_plan(plan, key)
     (part / "plan.json").write_bytes(plan.canonical())
     (part / "plan.toml").write_text(plan.to_toml(), encoding="utf-8")
-    (part / "plan.dsse.json").write_bytes(envelope)
-    shutil.copyfile(autoencoder, part / "autoencoder.safetensors")
-    shutil.copyfile(prior, part / "prior.safetensors")
-    if plausibility is not None:
-        shutil.copyfile(plausibility, part / PLAUSIBILITY_FILE)
+    (part / "plan.dsse.json").write_bytes(package.envelope)
+    for target, path in given.items():
+        if path is not None:
+            shutil.copyfile(path, part / target.name)
     part.rename(root)
-    return PlanPackage(root=root, plan=plan, envelope=envelope)
+    return package
 
 
 def open_plan_package(root: Path) -> PlanPackage:
@@ -152,7 +174,7 @@ def open_plan_package(root: Path) -> PlanPackage:
     if load_plan_toml(root / "plan.toml") != plan:
         raise InvalidPlanError("plan.toml, the form that people read, says other things than plan.json")
     package = PlanPackage(root=root, plan=plan, envelope=envelope)
-    for path, expected in package.named_files():
+    for path, expected in package.named_files().items():
         if hash_file(path) != expected:
             raise InvalidPlanError(f"{path.name} has another SHA-256 than the plan names")
     return package

@@ -27,6 +27,7 @@ _LATER_KEYS: dict[tuple[str, str], Any] = {
     ("audit", "secondary_attacks"): [],
     ("audit", "mechanism_canaries"): 0,
     ("audit", "canaries_per_site"): 0,
+    ("audit", "copy_embedding_sha256"): None,
     ("data", "covariates"): [],
     ("data", "modality"): None,
     ("data", "plausibility_sha256"): None,
@@ -319,9 +320,12 @@ class AuditClause(Clause):
     """Ascending edges of the histogram of the primary attack's score (reference-calibrated loss)."""
     control_edges: tuple[float, ...]
     """The same for the controls' scores."""
-    copy_samples: int = Field(default=64, ge=0, le=100_000)
+    copy_samples: int = Field(default=500, ge=0, le=100_000)
+    """Generated samples that each site compares with its members."""
     copy_distance: float = Field(gt=0)
     """A member with a generated sample nearer than this, in the public embedding, counts as copied."""
+    copy_embedding_sha256: Sha256Hex | None = None
+    """File of the embedding's network; None: decoded and encoded latents are compared."""
     max_copied_patients: int = Field(default=0, ge=0)
     low_power: Literal["refuse", "accept"] = "refuse"
     min_power: float = Field(default=0.5, ge=0, le=1)

@@ -87,6 +87,14 @@ def enrol(request: Path, study_id: str, fingerprint: str, out: Path | None) -> N
 )
 @click.option("--autoencoder-steps", type=int, help="Default: by preset.")
 @click.option("--prior-steps", type=int, help="Default: by preset.")
+@click.option("--embedding-steps", type=int, help="Of the copy check's embedding. Default: by preset.")
+@click.option(
+    "--copy-samples",
+    type=click.IntRange(1, 100_000),
+    default=500,
+    show_default=True,
+    help="Calibrate the copy distance for audits of so many samples.",
+)
 @click.option("--seed", type=int, default=7, show_default=True)
 @click.option("--device", default="cpu", show_default=True, help="Torch device to train on.")
 def pretrain(
@@ -103,10 +111,15 @@ def pretrain(
     covariates: tuple[str, ...],
     autoencoder_steps: int | None,
     prior_steps: int | None,
+    embedding_steps: int | None,
+    copy_samples: int,
     seed: int,
     device: str,
 ) -> None:
-    """Make the public autoencoder and prior, from public volumes only. Repeat it to continue."""
+    """Make the public networks, from public volumes only. Repeat it to continue.
+
+    An autoencoder, the prior that hospitals start from, and the embedding in which copies are looked for.
+    """
     from deploy import public_networks
     from server.coordinator_home import CoordinatorHome
     from shared.study_plan import parse_covariate
@@ -131,6 +144,8 @@ def pretrain(
                 covariates=tuple(parse_covariate(text) for text in covariates),
                 autoencoder_steps=autoencoder_steps,
                 prior_steps=prior_steps,
+                embedding_steps=embedding_steps,
+                copy_samples=copy_samples,
                 seed=seed,
                 device=device,
                 progress=progress,
@@ -165,6 +180,13 @@ def plan_group() -> None:
 @click.option("--threshold", type=int, help="Default: floor((n + c) / 2) + 1.")
 @click.option("--max-colluding", type=int, default=1, show_default=True)
 @click.option("--max-attempts", type=int, help="Default: rounds plus max(3, 20%).")
+@click.option(
+    "--copy-samples",
+    type=click.IntRange(0, 100_000),
+    default=500,
+    show_default=True,
+    help="Generated samples that each site compares with its members.",
+)
 @click.option("--min-power", type=float, default=0.5, show_default=True, help="Least power of the audit.")
 @click.option("--low-power", type=click.Choice(["refuse", "accept"]), default="refuse", show_default=True)
 @click.option(
@@ -209,6 +231,7 @@ def plan_new(
     threshold: int | None,
     max_colluding: int,
     max_attempts: int | None,
+    copy_samples: int,
     min_power: float,
     low_power: str,
     mechanism_canaries: int,
@@ -243,6 +266,7 @@ def plan_new(
         threshold=threshold,
         max_colluding=max_colluding,
         max_attempts=max_attempts,
+        copy_samples=copy_samples,
         min_power=min_power,
         low_power=low_power,  # type: ignore[arg-type]
         mechanism_canaries=mechanism_canaries,
@@ -274,7 +298,7 @@ def plan_sign(study_id: str, out: Path | None) -> None:
 
     from privacy.dp.execution_plan import check_plan
     from server.coordinator_home import CoordinatorHome
-    from shared.plan_package import PLAUSIBILITY_FILE, write_plan_package
+    from shared.plan_package import COPY_EMBEDDING_FILE, PLAUSIBILITY_FILE, write_plan_package
     from shared.study_plan import load_plan_toml
 
     home = CoordinatorHome.default()
@@ -293,6 +317,7 @@ def plan_sign(study_id: str, out: Path | None) -> None:
         autoencoder=public / "autoencoder.safetensors",
         prior=public / "prior.safetensors",
         plausibility=public / PLAUSIBILITY_FILE if plan.data.plausibility_sha256 else None,
+        copy_embedding=public / COPY_EMBEDDING_FILE if plan.audit.copy_embedding_sha256 else None,
     )
     click.echo(f"signed plan {study_id} ({plan.digest().hex()[:16]}): {package.root}")
     if out is not None:

@@ -27,7 +27,7 @@ from deploy.cli.site_network import add_network_commands
 from deploy.cli.site_operations import add_operations_commands
 from shared.errors import RefusedError, SiteError, UsageError
 from shared.home import private_directory, write_private
-from shared.plan_package import PACKAGE_FILES, PLAUSIBILITY_FILE, open_plan_package
+from shared.plan_package import open_plan_package
 from shared.study_plan import StudyPlan
 
 PathType = click.Path(path_type=Path)
@@ -121,7 +121,7 @@ def _keep_plan(plan_root: Path, plan: StudyPlan, target: Path) -> None:
     part = target.with_name("plan.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(mode=0o700)
-    for name in (*PACKAGE_FILES, *([PLAUSIBILITY_FILE] if plan.data.plausibility_sha256 else [])):
+    for name in open_plan_package(plan_root).files:
         shutil.copyfile(plan_root / name, part / name)
     if open_plan_package(part).plan != plan:
         raise RefusedError(f"{plan_root} changed while it was being approved")

@@ -1,11 +1,15 @@
 """Copies: generated samples that lie too near to a member's scan. Patients are counted, not samples.
 
-The embedding is public: a latent is decoded and encoded again by the public autoencoder (what a receiver of
-the volume would see), pooled to half its grid, and compared by root mean square. Latents are normalised by
-public constants of the autoencoder. The threshold is calibrated on public patients before training.
-Distances stay inside the hospital; only the number of patients nearer than the threshold leaves, noised.
+What copies are looked for in is public (:class:`CopySpace`): latents are decoded by the public autoencoder,
+as a receiver sees them, and mapped to unit vectors by a network that was trained on public volumes alone
+(:mod:`shared.model.copy_embedding`); each scan of a patient is compared in its eight mirrored views. The
+threshold is calibrated on public patients before training. Distances stay inside the hospital; only the
+number of patients nearer than the threshold leaves, noised. No sample is ever left out because of a patient:
+a candidate with copies is refused whole.
 
-This finds copies up to small shifts. Mirrored, intensity-scaled or blended copies may pass it.
+A plan without an embedding (``audit.copy_embedding_sha256``) compares decoded and encoded latents, pooled to
+half their grid, by root mean square. That finds copies up to small shifts; mirrored, intensity-scaled or
+blended ones may pass it.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from torch.nn import functional as F
 from privacy.audit.bounds import FloatArray, clopper_pearson
 from privacy.audit.membership import Progress, ScansOfPatient
 from shared.errors import UsageError
+from shared.model.copy_embedding import mirrored
 
 
 class Autoencoder(Protocol):
@@ -32,21 +37,73 @@ class Autoencoder(Protocol):
     def encode(self, image_B1DHW: Tensor, mask_BDHW: Tensor) -> Tensor: ...
 
 
-@torch.no_grad()
-def embed(autoencoder: Autoencoder | None, z_BCDHW: Tensor, *, batch_size: int = 16) -> Tensor:
-    """Embedding of latents, float32 [B, E] on the CPU; without an autoencoder, of the latents as they are."""
-    parts = []
-    for z in torch.split(z_BCDHW, batch_size):
-        seen = z if autoencoder is None else autoencoder.encode(*autoencoder.decode(z))
+class VolumeEmbedding(Protocol):
+    """Unit vectors of volumes (:class:`shared.model.copy_embedding.CopyEmbedding`)."""
+
+    def __call__(self, image_B1DHW: Tensor, mask_BDHW: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CopySpace:
+    """Where nearness is measured. Public.
+
+    Attributes:
+        autoencoder: The plan's; None compares latents as they are.
+        embedding: The plan's, in evaluation mode; None compares decoded and encoded latents. It needs the
+            autoencoder.
+        batch_size: Latents of one forward pass.
+    """
+
+    autoencoder: Autoencoder | None
+    embedding: VolumeEmbedding | None = None
+    batch_size: int = 32
+
+    @torch.no_grad()
+    def of_samples(self, z_BCDHW: Tensor) -> Tensor:
+        """Embedding of latents, float32 [B, E] on the CPU."""
+        return self._embed(z_BCDHW, views=False)
+
+    @torch.no_grad()
+    def of_patient(self, z_SCDHW: Tensor) -> Tensor:
+        """The same of a patient's scans in all views, [S * V, E]; views of one scan follow each other."""
+        return self._embed(z_SCDHW, views=True)
+
+    @property
+    def views(self) -> int:
+        """Rows of :meth:`of_patient` for each scan."""
+        return 8 if self._volumes is not None else 1
+
+    def distances(self, own_SE: Tensor, others_NE: Tensor) -> Tensor:
+        """[S, N], by differences and not products: exact zeros stay zero."""
+        apart = torch.cdist(own_SE, others_NE, compute_mode="donot_use_mm_for_euclid_dist")
+        return apart if self._volumes is not None else apart / math.sqrt(own_SE.shape[1])
+
+    @property
+    def _volumes(self) -> tuple[Autoencoder, VolumeEmbedding] | None:
+        if self.autoencoder is None or self.embedding is None:
+            return None
+        return self.autoencoder, self.embedding
+
+    def _embed(self, z_BCDHW: Tensor, *, views: bool) -> Tensor:
+        if z_BCDHW.shape[0] == 0:
+            raise UsageError("there is nothing to embed")
+        parts = [self._embed_batch(z, views) for z in torch.split(z_BCDHW, self.batch_size)]
+        return torch.cat([part.to("cpu", torch.float32) for part in parts])
+
+    def _embed_batch(self, z_BCDHW: Tensor, views: bool) -> Tensor:
+        if self._volumes is not None:
+            autoencoder, embedding = self._volumes
+            volumes = autoencoder.decode(z_BCDHW)
+            return embedding(*(mirrored(*volumes) if views else volumes))
+        seen = z_BCDHW
+        if self.autoencoder is not None:
+            seen = self.autoencoder.encode(*self.autoencoder.decode(z_BCDHW))
         d, h, w = (math.ceil(side / 2) for side in seen.shape[2:])
-        parts.append(F.adaptive_avg_pool3d(seen, (d, h, w)).flatten(1).to("cpu", torch.float32))
-    if not parts:
-        raise UsageError("there is nothing to embed")
-    return torch.cat(parts)
+        return F.adaptive_avg_pool3d(seen, (d, h, w)).flatten(1)
 
 
 def nearest_distances(
-    autoencoder: Autoencoder | None,
+    space: CopySpace,
     patients: Sequence[ScansOfPatient],
     sample_embedding_NE: Tensor,
     *,
@@ -60,8 +117,8 @@ def nearest_distances(
     nearest: FloatArray = np.full(len(patients), np.inf)
     for index, patient in enumerate(patients):
         if patient.latents_SCDHW.shape[0]:
-            own_SE = embed(autoencoder, patient.latents_SCDHW.to(device))
-            nearest[index] = float(_distances(own_SE, sample_embedding_NE).min())
+            own_SE = space.of_patient(patient.latents_SCDHW.to(device))
+            nearest[index] = float(space.distances(own_SE, sample_embedding_NE).min())
         if progress is not None:
             progress("copies", index + 1, len(patients))
     return nearest
@@ -77,21 +134,25 @@ class CopyCalibration:
             (expected over calibrations: split-conformal, exchangeable patients).
         highest_rate: 95% upper bound of the rate on the public patients themselves.
         n_patients: Public patients it rests on.
+        n_samples: Unrelated samples that each of them was compared with. An audit of more samples has more
+            false copies than ``false_copy_rate`` says.
     """
 
     distance: float
     false_copy_rate: float
     highest_rate: float
     n_patients: int
+    n_samples: int
 
 
 def calibrate_copy_distance(
-    autoencoder: Autoencoder | None,
+    space: CopySpace,
     public_patients: Sequence[ScansOfPatient],
     *,
     false_copy_rate: float = 0.01,
     unrelated_NCDHW: Tensor | None = None,
     device: str | torch.device = "cpu",
+    progress: Progress | None = None,
 ) -> CopyCalibration:
     """Threshold under which public patients come near something that cannot be a copy of them.
 
@@ -106,14 +167,16 @@ def calibrate_copy_distance(
     """
     if len(public_patients) < 3:
         raise UsageError(f"{len(public_patients)} public patients cannot calibrate a distance; 3 at least")
-    embedded = [embed(autoencoder, patient.latents_SCDHW.to(device)) for patient in public_patients]
-    unrelated = [] if unrelated_NCDHW is None else [embed(autoencoder, unrelated_NCDHW.to(device))]
-    nearest = np.sort(
-        [
-            float(_distances(own, torch.cat([*embedded[:i], *embedded[i + 1 :], *unrelated])).min())
-            for i, own in enumerate(embedded)
-        ]
-    )
+    scans = [patient.latents_SCDHW.to(device) for patient in public_patients]
+    others = [space.of_samples(z) for z in scans]
+    unrelated = [] if unrelated_NCDHW is None else [space.of_samples(unrelated_NCDHW.to(device))]
+    nearest = np.zeros(len(scans))
+    for i, z in enumerate(scans):
+        elsewhere = torch.cat([*others[:i], *others[i + 1 :], *unrelated])
+        nearest[i] = float(space.distances(space.of_patient(z), elsewhere).min())
+        if progress is not None:
+            progress("copy distance", i + 1, len(scans))
+    nearest.sort()
     n = len(nearest)
     rank = math.floor(false_copy_rate * (n + 1))
     distance = float(nearest[rank - 1]) if rank >= 1 else 0.8 * float(nearest[0])
@@ -127,11 +190,5 @@ def calibrate_copy_distance(
         false_copy_rate=max(rank, 1) / (n + 1),
         highest_rate=clopper_pearson(below, n, error=0.05).high,
         n_patients=n,
-    )
-
-
-def _distances(own_SE: Tensor, others_NE: Tensor) -> Tensor:
-    """Root mean square differences [S, N], by differences and not products: exact zeros stay zero."""
-    return torch.cdist(own_SE, others_NE, compute_mode="donot_use_mm_for_euclid_dist") / math.sqrt(
-        own_SE.shape[1]
+        n_samples=0 if unrelated_NCDHW is None else int(unrelated_NCDHW.shape[0]),
     )

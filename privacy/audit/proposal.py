@@ -65,7 +65,7 @@ def propose_audit(
     declared_patients: int,
     timesteps: Sequence[float] = (0.2, 0.4, 0.6, 0.8),
     draws_per_timestep: int = 2,
-    copy_samples: int = 64,
+    copy_samples: int = 500,
     noised: bool = True,
     guidance_scale: float = 1.0,
 ) -> AuditClause:

@@ -168,7 +168,9 @@ def _given(
         check=Check(
             name=name,
             status="pass",
-            detail=f"continues the ledger of {site} in the bundle by {later} entries",
+            detail=f"continues the ledger of {site} in the bundle by {later} entries"
+            if later
+            else f"the ledger of {site} as it is in the bundle",
         ),
     )
 
@@ -216,12 +218,12 @@ def _audit_figure(plan: StudyPlan, condition: Condition) -> AuditFigure:
         question=question,
         status=condition.status,
         text=condition.text,
-        plain=_in_plain_words(condition),
+        plain=_in_plain_words(plan, condition),
         drawing=_drawing(plan, condition),
     )
 
 
-def _in_plain_words(condition: Condition) -> str:
+def _in_plain_words(plan: StudyPlan, condition: Condition) -> str:
     """What the figure says to a person without statistics; empty where it needs no more words."""
     figure, low, high = condition.figure, condition.low, condition.high
     if figure is None:
@@ -229,8 +231,16 @@ def _in_plain_words(condition: Condition) -> str:
     if condition.name == "power":
         cases = f"{100 * figure:.0f} of 100" if figure < 0.995 else "more than 99 of 100"
         return f"A strong leak would have been noticed in {cases} such audits."
+    if condition.name == "control_planted_leak":
+        return "The planted leak was seen." if condition.status == "pass" else "The planted leak was missed."
     if low is None or high is None:
         return ""
+    if condition.name in ("control_public_loss", "control_members"):
+        return (
+            "As it should be: guessing, 0.5, lies inside the bar."
+            if condition.status == "pass"
+            else "Guessing, 0.5, lies outside the bar: the audit itself is broken, and says nothing."
+        )
     if condition.name == "membership_attack":
         guessing = "Guessing, 50, is among them" if low <= 0.5 <= high else "Guessing, 50, is not among them"
         return (
@@ -239,9 +249,13 @@ def _in_plain_words(condition: Condition) -> str:
             f"{guessing}."
         )
     if condition.name == "copies":
+        most = plan.audit.max_copied_patients
         return (
-            f"The noise hides single patients: from these counts, up to about {max(high, 0):.0f} patients "
-            "with a copy cannot be ruled out. A number below zero is the noise as well."
+            f"Each hospital compared {plan.audit.copy_samples} generated scans with every patient trained "
+            f"on. By chance alone, without any copy, up to {most} of about "
+            f"{plan.privacy.declared_patients} patients may come that close: that is the limit. The noise "
+            f"hides single patients: from these counts, up to about {max(high, 0):.0f} patients with a copy "
+            "cannot be ruled out. A number below zero is the noise as well."
         )
     return ""
 

@@ -9,7 +9,7 @@ from typing import Any
 from shared.canonical import parse_json
 from shared.checkpoint import file_sha256
 from shared.errors import UsageError
-from shared.plan_package import PLAUSIBILITY_FILE
+from shared.plan_package import COPY_EMBEDDING_FILE, PLAUSIBILITY_FILE
 
 _ROOT = Path(__file__).parent / "pretrained"
 
@@ -27,11 +27,13 @@ class PretrainedPair:
     Attributes:
         autoencoder_path: safetensors, half precision.
         prior_path: safetensors, half precision.
+        copy_embedding_path: The same of the copy check's embedding; None where the recipe names none.
         recipe: The parsed ``recipe.json``: data, seeds, schedules, losses, hashes.
     """
 
     autoencoder_path: Path
     prior_path: Path
+    copy_embedding_path: Path | None = None
     recipe: dict[str, Any]
 
 
@@ -51,14 +53,21 @@ def read_pair(directory: Path) -> PretrainedPair:
         )
     recipe = parse_json(paths[RECIPE_FILE].read_bytes(), what=str(paths[RECIPE_FILE]))
     expected = recipe.get("sha256", {}) if isinstance(recipe, dict) else {}
-    for name in (AUTOENCODER_FILE, PRIOR_FILE):
-        if expected.get(name) != file_sha256(paths[name]):
+    networks = [AUTOENCODER_FILE, PRIOR_FILE]
+    if COPY_EMBEDDING_FILE in expected:
+        networks.append(COPY_EMBEDDING_FILE)
+    for name in networks:
+        path = directory / name
+        if not path.is_file() or expected.get(name) != file_sha256(path):
             raise UsageError(
-                f"{paths[name]} is not the file that {RECIPE_FILE} describes",
+                f"{path} is not the file that {RECIPE_FILE} describes",
                 remedy="pretrain again, or restore the file",
             )
     return PretrainedPair(
-        autoencoder_path=paths[AUTOENCODER_FILE], prior_path=paths[PRIOR_FILE], recipe=recipe
+        autoencoder_path=paths[AUTOENCODER_FILE],
+        prior_path=paths[PRIOR_FILE],
+        copy_embedding_path=directory / COPY_EMBEDDING_FILE if COPY_EMBEDDING_FILE in expected else None,
+        recipe=recipe,
     )
 
 

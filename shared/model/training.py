@@ -1,6 +1,6 @@
-"""Plain training on PUBLIC volumes: the autoencoder, and the prior of the denoiser.
+"""Plain training on PUBLIC volumes: autoencoder, prior of the denoiser, and the copy check's embedding.
 
-Nothing here is private, and nothing here may see a member's scan. Both loops are functions of a public seed
+Nothing here is private, and nothing here may see a member's scan. All loops are functions of a public seed
 and of their step: a run that was killed and resumed gives the weights of one that was not. They train on the
 network's device; volumes stay on the CPU, where each batch is drawn and augmented.
 """
@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from shared.checkpoint import load_tensors, save_tensors
 from shared.errors import CoordinatorError, UsageError
 from shared.model.autoencoder import LatentAutoencoder
+from shared.model.copy_embedding import CopyEmbedding, Disguise, contrast_loss, disguise
 from shared.model.denoiser import Denoiser
 from shared.model.diffusion import drop_condition, drop_covariates, timesteps_from_normal
 from shared.model.weights import load_state_arrays, state_arrays
@@ -218,6 +219,16 @@ def encode_batches(
     return torch.cat(pieces)
 
 
+@torch.no_grad()
+def decode_batches(
+    autoencoder: LatentAutoencoder, z_NCDHW: Tensor, *, batch_size: int = 32
+) -> tuple[Tensor, Tensor]:
+    """Image_N1DHW and mask_NDHW of many latents, on the CPU, whatever the autoencoder's device."""
+    device = _device(autoencoder)
+    decoded = [autoencoder.decode(z.to(device)) for z in torch.split(z_NCDHW, batch_size)]
+    return torch.cat([image.cpu() for image, _ in decoded]), torch.cat([mask.cpu() for _, mask in decoded])
+
+
 def train_denoiser(
     denoiser: Denoiser,
     z_NCDHW: Tensor,
@@ -306,6 +317,38 @@ def held_out_loss(
             batch = (tensor[rows].to(device) for tensor in (z_MCDHW, condition_M, t_M, noise))
             total += float(per_sample_loss(denoiser, *batch).sum())
     return total / (draws * z_MCDHW.shape[0])
+
+
+def train_copy_embedding(
+    embedding: CopyEmbedding,
+    image_N1DHW: Tensor,
+    mask_NDHW: Tensor,
+    patient_N: Tensor,
+    *,
+    schedule: TrainingSchedule,
+    augmentation: Augmentation,
+    disguises: Disguise,
+    progress: Progress | None = None,
+    state_path: Path | None = None,
+) -> None:
+    """Train on public volumes as the autoencoder gives them back; leave the averaged weights.
+
+    Args:
+        image_N1DHW, mask_NDHW: Decoded public volumes: what a generator's output looks like.
+        patient_N: Whose they are, int64.
+        augmentation: Makes another "patient" of each volume, before it is disguised twice.
+    """
+
+    def step_loss(generator: torch.Generator) -> Tensor:
+        rows = torch.randperm(image_N1DHW.shape[0], generator=generator)[: schedule.batch_size]
+        image, mask = augment(image_N1DHW[rows], mask_NDHW[rows], augmentation, generator)
+        shares = embedding.label_shares(mask).float()
+        device = _device(embedding)
+        pair = [disguise(image, shares, disguises, generator) for _ in range(2)]
+        first, second = (embedding(shown.to(device), labels.to(device)) for shown, labels in pair)
+        return contrast_loss(first, second, patient_B=patient_N[rows].to(device))
+
+    _train("copy embedding", embedding, step_loss, schedule, progress, state_path)
 
 
 @dataclass

@@ -26,11 +26,12 @@ from client.nearest_neighbours import MAX_SIDE, Neighbour, nearest_neighbours
 from client.site_home import SiteHome, init_site
 from deploy.cli.main import main
 from privacy.audit.bounds import Interval, auc
-from privacy.audit.copies import embed, nearest_distances
+from privacy.audit.copies import CopySpace, nearest_distances
 from shared.canonical import canonical_json, parse_json
 from shared.errors import MalformedMessageError
 from shared.home import write_private
 from shared.model.autoencoder import build_autoencoder
+from shared.model.copy_embedding import build_copy_embedding
 from shared.model.presets import preset_named
 from shared.plan_package import write_plan_package
 
@@ -138,7 +139,8 @@ class Scans:
     conditions_S: Tensor
 
 
-def test_the_pairs_are_the_nearest_ones() -> None:
+@pytest.mark.parametrize("embedded", [False, True])
+def test_the_pairs_are_the_nearest_ones(embedded: bool) -> None:
     """Patient 3's second scan is sample 4 itself: first in the list, at distance 0, with the same picture."""
     generator = torch.Generator().manual_seed(3)
     autoencoder = build_autoencoder(preset_named("micro"), n_labels=2).eval()
@@ -152,9 +154,11 @@ def test_the_pairs_are_the_nearest_ones() -> None:
     ]
     samples = torch.randn((7, *SHAPE), generator=generator)
     samples[4] = patients[3].latents_SCDHW[1]
-    embedding = embed(autoencoder, samples)
-    distances = nearest_distances(autoencoder, patients, embedding)
-    pairs = nearest_neighbours(autoencoder, patients, distances, samples, embedding, shown=3)
+    volumes = build_copy_embedding(n_labels=2).eval() if embedded else None
+    space = CopySpace(autoencoder=autoencoder, embedding=volumes)
+    embedding = space.of_samples(samples)
+    distances = nearest_distances(space, patients, embedding)
+    pairs = nearest_neighbours(space, autoencoder, patients, distances, samples, embedding, shown=3)
     assert [pair.distance for pair in pairs] == sorted(distances)[:3]
     first = pairs[0]
     assert (first.patient_key, first.sample, first.distance) == ("p3", 4, pytest.approx(0, abs=1e-4))

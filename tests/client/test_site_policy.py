@@ -58,7 +58,7 @@ ONE_CLAUSE: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("min_power", {}, {"audit__min_power": 0.49}),
     ("allow_low_power", {}, {"audit__low_power": "accept"}),
     ("min_significance", {}, {"audit__significance": 0.01}),
-    ("min_copy_samples", {}, {"audit__copy_samples": 63}),
+    ("min_copy_samples", {}, {"audit__copy_samples": 499}),
     ("max_copied_share", {}, {"audit__max_copied_patients": 11}),
     ("max_audit_attempts", {"max_audit_attempts": 1}, {}),
     ("min_site_approvals", {}, {"release__site_approvals": 1}),

@@ -29,6 +29,7 @@ CALIBRATION: dict[str, Any] = {
     "public_losses": [round(0.8 + 0.05 * i, 3) for i in range(12)],
     "copy_distance": 0.5,
     "false_copy_rate": 0.01,
+    "copy_samples": 500,
     "subset": "all",
     "gradient_norms": [0.4, 0.6, 0.9],
 }
@@ -39,8 +40,7 @@ def public(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The pair that ships, with a calibration of fixed figures (the real one takes a minute)."""
     folder = tmp_path_factory.mktemp("public")
     pair = shipped_pair("micro")
-    for path in (pair.autoencoder_path, pair.prior_path, pair.autoencoder_path.with_name("recipe.json")):
-        shutil.copyfile(path, folder / path.name)
+    shutil.copytree(pair.autoencoder_path.parent, folder, dirs_exist_ok=True)
     (folder / "calibration.json").write_text(json.dumps(CALIBRATION))
     return folder
 

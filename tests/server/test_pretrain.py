@@ -32,6 +32,7 @@ SMALL = replace(preset_named("micro"), autoencoder_channels=(8, 8), denoiser_cha
 RECIPE = PretrainingRecipe(
     autoencoder=TrainingSchedule(steps=6, batch_size=2, learning_rate=1e-3, seed=1, save_every=3),
     prior=TrainingSchedule(steps=6, batch_size=4, learning_rate=1e-3, seed=1, save_every=3),
+    copy_embedding=TrainingSchedule(steps=4, batch_size=4, learning_rate=1e-3, seed=1, save_every=2),
     copies=1,
 )
 CONDITIONS = ("common", "rare")
@@ -105,7 +106,7 @@ def test_a_killed_run_resumes_to_the_same_files(tmp_path: Path, volumes: list[Pu
         pass
 
     stopped = []
-    for stage in ("autoencoder", "prior"):
+    for stage in ("autoencoder", "prior", "copy embedding"):
 
         def kill(name: str, step: int, steps: int, loss: float, wanted: str = stage) -> None:
             if name == wanted:
@@ -115,7 +116,7 @@ def test_a_killed_run_resumes_to_the_same_files(tmp_path: Path, volumes: list[Pu
         with pytest.raises(_KilledError):
             _pretrain(tmp_path / "killed", volumes, progress=kill)
     resumed = _pretrain(tmp_path / "killed", volumes)
-    assert [name for name, _ in stopped] == ["autoencoder", "prior"]
+    assert [name for name, _ in stopped] == ["autoencoder", "prior", "copy embedding"]
     assert resumed.recipe["sha256"] == whole.recipe["sha256"]
     anew = _pretrain(tmp_path / "killed", volumes, resume=False)
     assert anew.recipe["sha256"] == whole.recipe["sha256"]

@@ -15,6 +15,7 @@ from shared.enrolment import REQUEST_PREDICATE, make_request, open_request
 from shared.errors import CoordinatorError, LacunaError, MalformedMessageError, PeerError, UsageError
 from shared.identity import BadSignatureError, SigningKey
 from shared.plan_package import (
+    COPY_EMBEDDING_FILE,
     PACKAGE_FILES,
     PlanPackage,
     open_plan_package,
@@ -72,14 +73,18 @@ def test_a_bad_name_is_the_users_error_not_a_peers(name: str) -> None:
         make_request(role="site", name=name, key=KEY)
 
 
+ALL_FILES = (*PACKAGE_FILES, COPY_EMBEDDING_FILE)
+
+
 @pytest.fixture
 def package(tmp_path: Path) -> PlanPackage:
     keys = Keys.of(3)
-    for name in ("autoencoder", "prior"):
+    clauses = {"autoencoder": "model", "prior": "model", "copy_embedding": "audit"}
+    for name in clauses:
         (tmp_path / name).write_bytes(f"weights of the {name}".encode() * 50)
     hashes = {
-        f"model__{name}_sha256": hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
-        for name in ("autoencoder", "prior")
+        f"{clause}__{name}_sha256": hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
+        for name, clause in clauses.items()
     }
     return write_plan_package(
         tmp_path / "package",
@@ -87,13 +92,14 @@ def package(tmp_path: Path) -> PlanPackage:
         key=keys.coordinator,
         autoencoder=tmp_path / "autoencoder",
         prior=tmp_path / "prior",
+        copy_embedding=tmp_path / "copy_embedding",
     )
 
 
 def test_a_package_comes_back(package: PlanPackage) -> None:
     again = open_plan_package(package.root)
     assert again.plan == package.plan
-    assert sorted(path.name for path in package.root.iterdir()) == sorted(PACKAGE_FILES)
+    assert sorted(path.name for path in package.root.iterdir()) == sorted(ALL_FILES) == sorted(again.files)
 
 
 def test_ranges_travel_with_the_plan_that_names_them(tmp_path: Path) -> None:
@@ -124,7 +130,7 @@ def test_ranges_travel_with_the_plan_that_names_them(tmp_path: Path) -> None:
         open_plan_package(package.root)
 
 
-@pytest.mark.parametrize("name", PACKAGE_FILES)
+@pytest.mark.parametrize("name", ALL_FILES)
 def test_a_flipped_byte_is_noticed_and_its_file_named(package: PlanPackage, name: str) -> None:
     """At 24 places of each file, each place's lowest bit: what it changes is refused, naming the file."""
     path = package.root / name
@@ -143,7 +149,7 @@ def test_a_flipped_byte_is_noticed_and_its_file_named(package: PlanPackage, name
     open_plan_package(package.root)
 
 
-@pytest.mark.parametrize("name", PACKAGE_FILES)
+@pytest.mark.parametrize("name", ALL_FILES)
 def test_a_missing_file_is_named(package: PlanPackage, name: str) -> None:
     (package.root / name).unlink()
     with pytest.raises(CoordinatorError, match=name):
@@ -178,3 +184,20 @@ def test_a_signed_plan_is_never_overwritten_nor_signed_with_the_wrong_key_or_net
     with pytest.raises(CoordinatorError, match="another SHA-256"):
         write_plan_package(tmp_path / "new", plan, key=keys.coordinator, **networks)
     assert not (tmp_path / "new").exists()
+
+
+def test_a_plan_with_an_embedding_is_not_signed_without_it(tmp_path: Path) -> None:
+    keys = Keys.of(3)
+    file = tmp_path / "weights"
+    file.write_bytes(b"weights")
+    sha256 = hashlib.sha256(b"weights").hexdigest()
+    plan = small_plan(
+        keys,
+        model__autoencoder_sha256=sha256,
+        model__prior_sha256=sha256,
+        audit__copy_embedding_sha256=sha256,
+    )
+    networks = {"autoencoder": file, "prior": file}
+    with pytest.raises(CoordinatorError, match=r"copy_embedding\.safetensors has another SHA-256"):
+        write_plan_package(tmp_path / "new", plan, key=keys.coordinator, **networks)
+    write_plan_package(tmp_path / "new", plan, key=keys.coordinator, copy_embedding=file, **networks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def write_table(rows: Mapping[str, Sequence[Row]], examples: Mapping[str, Repeti
             "For each attack: mean AUC, and in brackets its power: the share of draws in which its interval, "
             "on exact scores as a hospital sees them, lies above 0.6. Gate: share of verdicts that block.",
             "",
-            "| step | " + " | ".join(NAMES[name] for name in ATTACKS) + " | gate, exact | gate, noised |",
+            f"| step | {' | '.join([NAMES[a] for a in ATTACKS] + [f'gate, {s}' for s in SETTINGS])} |",
             "| ---: |" + " ---: |" * (len(ATTACKS) + len(SETTINGS)),
         ]
         parts += [_line(row) for row in own]
@@ -63,6 +64,12 @@ def _conclusions(rows: Sequence[Row]) -> list[str]:
         else f"- The primary attack's AUC stays at or below {AUC_LIMIT:.2f}."
     )
     for setting in SETTINGS:
+        share_at = _share_at(rows, AUC_LIMIT, setting)
+        if share_at is not None:
+            lines.append(
+                f"- Gate, {setting} counts: {share_at:.0%} of the verdicts block at AUC {AUC_LIMIT:.2f}, on "
+                "the line between the neighbouring steps."
+            )
         for share in (0.5, 0.95):
             row = blocking_step(rows, setting, share)
             lines.append(
@@ -74,6 +81,15 @@ def _conclusions(rows: Sequence[Row]) -> list[str]:
                 )
             )
     return lines
+
+
+def _share_at(rows: Sequence[Row], value: float, setting: str) -> float | None:
+    """Share of blocking verdicts where the true AUC crosses a value, linearly between two steps."""
+    for before, after in itertools.pairwise(rows):
+        if before.true_auc <= value < after.true_auc:
+            weight = (value - before.true_auc) / (after.true_auc - before.true_auc)
+            return (1 - weight) * before.blocked[setting] + weight * after.blocked[setting]
+    return None
 
 
 def draw_plot(rows: Mapping[str, Sequence[Row]], path: Path) -> None:
@@ -95,7 +111,7 @@ def draw_plot(rows: Mapping[str, Sequence[Row]], path: Path) -> None:
             known = [(row.step, row.aucs[name]) for row in own if row.aucs[name] is not None]
             width = 2.0 if name == "calibrated_loss" else 1.0
             panel.plot(*zip(*known, strict=True), label=f"AUC, {NAMES[name]}", linewidth=width, marker=".")
-        for setting, style in zip(SETTINGS, ("-", ":"), strict=True):
+        for setting, style in zip(SETTINGS, ("-", "--", ":"), strict=True):
             blocked = [row.blocked[setting] for row in own]
             panel.plot(steps, blocked, color="black", linestyle=style, label=f"blocked, {setting} counts")
         panel.set_xscale("symlog", linthresh=10)

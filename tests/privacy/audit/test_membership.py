@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from privacy.audit.bounds import auc
 from privacy.audit.controls import PLANTED, member_coin, planted_leak
-from privacy.audit.copies import calibrate_copy_distance, embed, nearest_distances
+from privacy.audit.copies import CopySpace, calibrate_copy_distance, nearest_distances
 from privacy.audit.membership import AttackLosses, AttackNoise, attack_losses
 from privacy.audit.proposal import expected_power, propose_audit, propose_edges
 from shared.errors import UsageError
@@ -178,14 +178,18 @@ def test_coins_are_fair_and_belong_to_patient_and_plan() -> None:
     )
 
 
+LATENTS = CopySpace(autoencoder=None)
+"""Latents are compared as they are."""
+
+
 def test_planted_copies_are_found_and_unrelated_patients_are_not() -> None:
     public, members = _patients(120, seed=60), _patients(30, seed=61)
-    calibration = calibrate_copy_distance(None, public, false_copy_rate=0.02)
+    calibration = calibrate_copy_distance(LATENTS, public, false_copy_rate=0.02)
     assert calibration.false_copy_rate == pytest.approx(2 / 121)
     unrelated = torch.cat([p.latents_SCDHW for p in _patients(20, seed=62)])
     exact = members[3].latents_SCDHW[:1]
     noised = members[7].latents_SCDHW[:1] + 0.05 * torch.randn_like(members[7].latents_SCDHW[:1])
-    distances = nearest_distances(None, members, embed(None, torch.cat([unrelated, exact, noised])))
+    distances = nearest_distances(LATENTS, members, LATENTS.of_samples(torch.cat([unrelated, exact, noised])))
     assert distances[3] == 0.0
     copied = set(np.flatnonzero(distances < calibration.distance))
     assert {3, 7} <= copied and len(copied) <= 5
@@ -194,20 +198,20 @@ def test_planted_copies_are_found_and_unrelated_patients_are_not() -> None:
 def test_false_copies_stay_at_the_calibrated_rate() -> None:
     """Rate 5% on 100 public patients; 300 unrelated patients, each against as many others as in calibration.
     More than 45 (15%) have probability below 1e-9 at a rate of 5%; the seeds are fixed."""
-    calibration = calibrate_copy_distance(None, _patients(100, seed=70), false_copy_rate=0.05)
+    calibration = calibrate_copy_distance(LATENTS, _patients(100, seed=70), false_copy_rate=0.05)
     others = torch.cat([p.latents_SCDHW for p in _patients(99, seed=71)])
-    distances = nearest_distances(None, _patients(300, seed=72), embed(None, others))
+    distances = nearest_distances(LATENTS, _patients(300, seed=72), LATENTS.of_samples(others))
     assert (distances < calibration.distance).sum() <= 45
 
 
 def test_few_public_patients_claim_no_more_than_they_carry() -> None:
-    calibration = calibrate_copy_distance(None, _patients(10, seed=60), false_copy_rate=0.01)
+    calibration = calibrate_copy_distance(LATENTS, _patients(10, seed=60), false_copy_rate=0.01)
     assert calibration.false_copy_rate == pytest.approx(1 / 11)
     with pytest.raises(UsageError):
-        calibrate_copy_distance(None, _patients(2, seed=60))
+        calibrate_copy_distance(LATENTS, _patients(2, seed=60))
     twice = _patients(4, seed=60)
     with pytest.raises(UsageError, match="distance 0"):
-        calibrate_copy_distance(None, [*twice, *twice])
+        calibrate_copy_distance(LATENTS, [*twice, *twice])
 
 
 def test_the_proposed_clause_sees_an_overfit_and_has_power(

@@ -90,7 +90,7 @@ def test_the_page_says_what_an_officer_asks_for(study: Study, honest: OfficerRep
         "at this power: a strong leak would have",
         "never \u201cprivate\u201d", "Power", "planted leak",
         "What is not covered", "NIST SP 800-226", "Copies", study.coordinator.verify_key.fingerprint,
-        "release on " + AT,
+        "release on " + AT.replace("T", " ").replace("Z", " UTC"),
     ):  # fmt: skip
         assert words in text, words
     for site in SITES:
