@@ -88,12 +88,16 @@ class Performance:
         backend: Where per-patient gradients come from.
         microbatch: Patients of one forward pass; None: what fits into the default bounds. The result depends
             on it by float error alone.
+        draws_per_pass: Draws of each patient in one forward pass, a divisor of the draws per patient; None:
+            all of them. A patient's gradient adds up over passes before it is measured, so that memory is
+            bounded also where one patient's draws alone do not fit.
         autocast: Lower precision of forward and backward pass (torch.bfloat16), or None. Clipping is as exact
             as ever: norms and sums are of the numbers that come out, in binary64.
     """
 
     backend: Backend = "engine"
     microbatch: int | None = None
+    draws_per_pass: int | None = None
     autocast: torch.dtype | None = None
 
     def __post_init__(self) -> None:
@@ -143,6 +147,12 @@ class PatientGradients:
         self._dtype = self._params[0][1].dtype
         self._performance = performance or Performance()
         self._microbatch = self._performance.microbatch or self._default_microbatch()
+        self._pass = self._performance.draws_per_pass or draws_per_patient
+        if self._pass < 1 or draws_per_patient % self._pass:
+            raise UsageError(
+                f"{self._pass} draws in a pass do not divide a patient's {draws_per_patient}",
+                remedy="choose a divisor for draws_per_pass",
+            )
         self._verified = False
 
     def _default_microbatch(self) -> int:
@@ -306,15 +316,17 @@ class PatientGradients:
         self, source: GradientSource, network: Any, z_BCDHW: Tensor, *rest: Tensor
     ) -> MicrobatchGradients:
         """Gradient of each patient's mean loss."""
-        b = z_BCDHW.shape[0]
-        loss_B = self._losses(network, z_BCDHW, *rest)
-        if loss_B.shape != (b,):
-            raise InternalError(
-                f"the loss has shape {tuple(loss_B.shape)}, not ({b},): one loss per sample, ndim 1, or "
-                "clipping would be silently wrong"
-            )
-        if loss_B.requires_grad:
-            torch.autograd.backward(loss_B.sum() / self._draws)
+        by_patient = [part.unflatten(0, (-1, self._draws)) for part in (z_BCDHW, *rest)]
+        for start in range(0, self._draws, self._pass):
+            some = [part[:, start : start + self._pass].flatten(0, 1) for part in by_patient]
+            loss_B = self._losses(network, *some)
+            if loss_B.shape != some[0].shape[:1]:
+                raise InternalError(
+                    f"the loss has shape {tuple(loss_B.shape)}, not ({len(some[0])},): one loss per sample, "
+                    "ndim 1, or clipping would be silently wrong"
+                )
+            if loss_B.requires_grad:
+                torch.autograd.backward(loss_B.sum() / self._draws)
         return source.collect()
 
     @contextmanager

@@ -318,6 +318,49 @@ def test_wrong_parameter_lists_are_refused() -> None:
             PatientGradients(network, wrong, networks.loss, clip=CLIP, draws_per_patient=2)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_draws_may_take_several_passes(backend: Backend) -> None:
+    network = networks.small_denoiser(torch.float64)
+    params, patients = networks.parameters(network), networks.cohort((1, 2, 5))
+    expected = reference(network, params, patients, networks.FixedSecret(), draws=4)
+    for draws_per_pass in (1, 2):
+        chosen = Performance(backend=backend, microbatch=2, draws_per_pass=draws_per_pass)
+        gradients = PatientGradients(
+            network, params, networks.loss, clip=CLIP, draws_per_patient=4, performance=chosen
+        )
+        found = gradients.clipped_sum(patients, networks.FixedSecret())
+        assert relative(found, expected) < 1e-10
+    with pytest.raises(UsageError, match="divide"):
+        PatientGradients(
+            network, params, networks.loss, clip=CLIP, draws_per_patient=4,
+            performance=Performance(draws_per_pass=3),
+        )  # fmt: skip
+
+
+def test_settings_that_mean_nothing_are_refused() -> None:
+    for wrong in ({"backend": "jax"}, {"microbatch": 0}, {"autocast": torch.float16}):
+        with pytest.raises(UsageError):
+            Performance(**wrong)  # type: ignore[arg-type]
+
+
+def test_bfloat16_autocast_clips_as_exactly() -> None:
+    """Coarser gradients (here within 5% of float32's), yet each measured as it is added: norm at most C."""
+    network = networks.small_denoiser()
+    params, patients = networks.parameters(network), networks.cohort((1, 2, 5), scale=3.0)
+    low, full = (
+        PatientGradients(
+            network, params, networks.loss, clip=CLIP, draws_per_patient=4,
+            performance=Performance(autocast=autocast),
+        )
+        for autocast in (torch.bfloat16, None)
+    )  # fmt: skip
+    sums = [gradients.clipped_sum(patients, networks.FixedSecret()) for gradients in (low, full)]
+    assert 0 < relative(*sums) < 0.05
+    for patient in patients:
+        norm = np.linalg.norm(low.clipped_sum([patient], networks.FixedSecret()))
+        assert abs(norm - CLIP) <= 1e-12 * CLIP
+
+
 def test_monai_unet_is_exact() -> None:
     """Whole small DiffusionModelUNet with self-attention and class embedding, patient by patient."""
     from monai.networks.nets import DiffusionModelUNet
