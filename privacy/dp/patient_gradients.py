@@ -316,7 +316,7 @@ class PatientGradients:
         self, source: GradientSource, network: Any, z_BCDHW: Tensor, *rest: Tensor
     ) -> MicrobatchGradients:
         """Gradient of each patient's mean loss."""
-        by_patient = [part.unflatten(0, (-1, self._draws)) for part in (z_BCDHW, *rest)]
+        by_patient = [p.reshape(-1, self._draws, *p.shape[1:]) for p in (z_BCDHW, *rest)]
         for start in range(0, self._draws, self._pass):
             some = [part[:, start : start + self._pass].flatten(0, 1) for part in by_patient]
             loss_B = self._losses(network, *some)
