@@ -26,12 +26,13 @@ class Orthanc:
         dimse: ``AET@HOST:PORT``.
     """
 
-    def __init__(self, http_port: int, dicom_port: int) -> None:
+    def __init__(self, http_port: int, dicom_port: int, user: tuple[str, str] | None) -> None:
         self.web = f"http://127.0.0.1:{http_port}"
         self.dicomweb = f"{self.web}/dicom-web"
         self.dimse = f"ORTHANC@127.0.0.1:{dicom_port}"
         self._session = requests.Session()
         self._session.trust_env = False
+        self._session.auth = user
 
     def store(self, paths: Iterable[Path]) -> list[Path]:
         """Upload files; returns those that Orthanc does not take."""
@@ -50,8 +51,12 @@ class Orthanc:
 
 
 @contextmanager
-def running_orthanc(folder: Path, **options: object) -> Iterator[Orthanc]:
+def running_orthanc(
+    folder: Path, *, user: tuple[str, str] | None = None, **options: object
+) -> Iterator[Orthanc]:
     """Start Orthanc and stop it; ``options`` go into its configuration.
+
+    ``user`` is a name and a password that its HTTP side asks for.
 
     Skip, with the reason, where it is not installed; fail where LACUNA_REQUIRE_SERVERS forbids that.
     """
@@ -65,13 +70,14 @@ def running_orthanc(folder: Path, **options: object) -> Iterator[Orthanc]:
         "Name": "test", "StorageDirectory": str(folder / "storage"),
         "IndexDirectory": str(folder / "storage"),
         "Plugins": [str(DICOMWEB)], "HttpPort": http_port, "DicomPort": dicom_port, "DicomAet": "ORTHANC",
-        "RemoteAccessAllowed": False, "AuthenticationEnabled": False, "DicomAlwaysAllowGet": True,
+        "RemoteAccessAllowed": False, "AuthenticationEnabled": user is not None, "DicomAlwaysAllowGet": True,
         "DicomAlwaysAllowFind": True, "DicomCheckCalledAet": True, "DicomThreadsCount": 2,
-        "HttpBindAddresses": ["127.0.0.1"], "StableAge": 1, **options,
+        "HttpBindAddresses": ["127.0.0.1"], "StableAge": 1, "RegisteredUsers": dict([user] if user else []),
+        **options,
     }  # fmt: skip
     path = folder / "orthanc.json"
     path.write_text(json.dumps(configuration))
-    server = Orthanc(http_port, dicom_port)
+    server = Orthanc(http_port, dicom_port, user)
     with (folder / "orthanc.log").open("w") as log:
         process = subprocess.Popen([PROGRAM, str(path)], stdout=log, stderr=log, cwd=folder)
         try:
