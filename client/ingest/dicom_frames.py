@@ -107,6 +107,8 @@ def _frames_of(header: Any, path: Path) -> list[Frame]:
         raise UnusableScanError(ProblemKind.COLOUR_IMAGE, f"{path.name}: {colour}")
     if str(header.get("BurnedInAnnotation", "")).upper() == "YES":
         raise UnusableScanError(ProblemKind.BURNED_IN_TEXT, f"{path.name} says so; it may name the patient")
+    if str(header.get("SyntheticData", "")).upper() == "YES":
+        raise UnusableScanError(ProblemKind.SYNTHETIC_SCAN, f"{path.name}: no patient was scanned")
     if "MOSAIC" in (header.get("ImageType") or []):
         raise UnusableScanError(ProblemKind.MIXED_SERIES, f"{path.name}: slices tiled in one image (mosaic)")
     groups = frame_groups(header)

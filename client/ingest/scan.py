@@ -32,6 +32,7 @@ class ProblemKind(StrEnum):
     UNDECODABLE_PIXELS = "pixel data cannot be decoded"
     COLOUR_IMAGE = "colour image"
     BURNED_IN_TEXT = "text burned into the pixels"
+    SYNTHETIC_SCAN = "marked as synthetic"
     NO_GEOMETRY = "no position and orientation in the patient"
     SINGLE_SLICE = "a single slice is not a volume"
     MIXED_SERIES = "several volumes in one series"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from copy import deepcopy
+from datetime import UTC, datetime
 from pathlib import Path
 
 import nibabel as nib
@@ -18,13 +19,16 @@ from client.ingest.dicom_index import SeriesSelection
 from client.ingest.dicom_segmentation import SegmentationFile
 from client.ingest.dicom_volume import DicomSeries
 from client.ingest.manifest import ManifestError
-from client.ingest.nifti_file import REORDERED
+from client.ingest.nifti_file import REORDERED, turned_to
 from client.ingest.scan import ProblemKind, UnusableScanError
 from client.patient_dataset import SiteStore
 from client.scan_import import import_scans
 from shared.errors import UsageError
 from shared.study_plan import CovariateClause, DataClause
-from shared.volumes.nifti import Volume
+from shared.volumes.dicom_series import DicomSeries as SyntheticSeries
+from shared.volumes.nifti import Volume, centred_affine
+from shared.volumes.phantom import simulate_cohort
+from shared.volumes.synthetic import Provenance, write_sample
 
 LABELS = ("organ", "lesion")
 CLAUSE = DataClause(
@@ -326,3 +330,42 @@ def test_segments_are_named_renamed_or_left_out(hospital: Hospital) -> None:
     np.testing.assert_array_equal(read(("organ",), first="organ").voxels_DHW, mask == 1)
     with pytest.raises(UnusableScanError, match="--segment NAME=LABEL"):
         SegmentationFile(path=drawn, labels=LABELS).read(image)
+
+
+def test_our_own_synthetic_scans_are_recognised_and_read_right(tmp_path: Path) -> None:
+    """What `lacuna generate` writes is refused as synthetic; without the mark it is what was written."""
+    drawn = simulate_cohort(n_patients=1, conditions_fractions={"rare": 1.0}, seed=2)[0]
+    image = np.clip(drawn.image, 0, 1).astype(np.float32)[:, :20, :17]
+    mask = drawn.mask[:, :20, :17]
+    provenance = Provenance(
+        bundle_sha256="ab" * 32,
+        bundle_files_sha256="cd" * 32,
+        study_id="study",
+        condition="rare",
+        seed=3,
+        sampler="rectified-flow-euler",
+        steps=20,
+        guidance_scale=1.5,
+        labels=LABELS,
+    )
+    spacing, released = (4.0, 3.0, 2.0), datetime(2026, 1, 2, tzinfo=UTC)
+    how = SyntheticSeries(spacing_mm=spacing, modality="MR", released=released)
+    pair = write_sample(how, tmp_path, provenance, 0, image_DHW=image, mask_DHW=mask)
+    series = DicomSeries(series_uid="1", paths=tuple(pair.image.glob("*.dcm")))
+    with pytest.raises(UnusableScanError, match="marked as synthetic"):
+        series.read()
+    for path in series.paths:
+        dataset = pydicom.dcmread(path)
+        del dataset.SyntheticData
+        dataset.save_as(path)
+    read = series.read().volume
+    d, h, w = image.shape
+    affine = centred_affine((d, h, w), spacing)
+    expected = turned_to(Volume(voxels_DHW=image, affine=affine), read)
+    assert expected is not None
+    np.testing.assert_allclose(expected.affine, read.affine, atol=1e-4)
+    np.testing.assert_allclose(read.voxels_DHW / 4095, expected.voxels_DHW, atol=0.6 / 4095)
+    drawn_mask = turned_to(Volume(voxels_DHW=mask, affine=affine), read)
+    assert drawn_mask is not None
+    laid = SegmentationFile(path=pair.mask, labels=LABELS).read(read).volume
+    np.testing.assert_array_equal(laid.voxels_DHW, drawn_mask.voxels_DHW)
