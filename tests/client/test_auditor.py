@@ -16,7 +16,7 @@ from small_plan import changed, small_plan
 from torch import Tensor
 
 from client.audit_view import audit_lines
-from client.auditor import LocalAudit, audit_candidate, audit_seed
+from client.auditor import LocalAudit, _true_positive_rates, audit_candidate, audit_seed
 from privacy.audit.attacks import usual_attacks
 from privacy.audit.counts import CountsLayout
 from privacy.audit.proposal import propose_edges
@@ -211,6 +211,14 @@ def test_secondary_attacks_are_kept_at_the_site_and_pooled_where_the_plan_says(
     lines = audit_lines(record)
     assert sum("secondary attack" in line for line in lines) == 6
     assert sum("shown here alone" in line for line in lines) == 5
+
+
+def test_rates_that_the_held_out_patients_cannot_carry_are_not_shown() -> None:
+    """A rate of 10% takes 29 held-out patients, one of 5% takes 59; 8 carry none."""
+    members = np.linspace(0.5, 2.0, 40)
+    assert _true_positive_rates(members, np.linspace(0, 1, 8)) == ()
+    assert [rate for rate, _ in _true_positive_rates(members, np.linspace(0, 1, 30))] == [0.1]
+    assert [rate for rate, _ in _true_positive_rates(members, np.linspace(0, 1, 60))] == [0.05, 0.1]
 
 
 def test_what_the_site_keeps_reads_back_and_prints_nothing(leaky: LocalAudit) -> None:

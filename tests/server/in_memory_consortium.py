@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from known_workbench import KnownWorkbench
+from small_plan import changed
 
 from client.serving import open_ledger
 from client.site_agent import SiteAgent, Workbench
@@ -33,6 +34,10 @@ PACE = Pace(exchange_s=30, quorum_s=1.0, hello_s=5, poll_s=0.0, node_check_s=0.0
 
 class Consortium:
     """n sites in one process, on disk as in real life; any of them can be restarted."""
+
+    SAMPLING_RATE = 1.0
+    CLAUSES: ClassVar[dict[str, Any]] = {}
+    """Dotted clauses of the plan that a subclass wants otherwise."""
 
     def __init__(self, root: Path, *, n: int, rounds: int, threshold: int | None = None) -> None:
         self.root = root
@@ -104,42 +109,43 @@ class Consortium:
             max_colluding=1,
             dimension=dimension,
             declared_patients=100,
+            sampling_rate=self.SAMPLING_RATE,
         )
-        plan = parse_plan(
-            {
-                "format": "lacuna/study-plan/v1",
-                "study_id": "driver-test",
-                "title": "a test",
-                "roster": {
-                    "coordinator_key": self.coordinator.verify_key.hex(),
-                    "officer_key": self.officer.verify_key.hex(),
-                    "sites": [
-                        {"site_id": home.site_id, "identity_key": home.identity().verify_key.hex()}
-                        for home in self.homes
-                    ],
-                },
-                "data": {
-                    "conditions": ["common", "rare"],
-                    "rare_condition": "rare",
-                    "labels": ["organ", "lesion"],
-                    "grid_shape": list(preset.grid_shape),
-                    "spacing_mm": [4.0, 4.0, 4.0],
-                    "simulated": True,
-                },
-                "model": {
-                    "preset": "micro",
-                    "autoencoder_sha256": hashes["autoencoder"],
-                    "prior_sha256": hashes["prior"],
-                    "trainable": "conditioning",
-                    "dimension": dimension,
-                },
-                "privacy": proposed.privacy.model_dump(),
-                "secure_aggregation": proposed.secure_aggregation.model_dump(),
-                "audit": {"score_edges": [0.0], "control_edges": [0.0], "copy_distance": 1.0},
-                "release": {"site_approvals": 2},
+        document: dict[str, Any] = {
+            "format": "lacuna/study-plan/v1",
+            "study_id": "driver-test",
+            "title": "a test",
+            "roster": {
+                "coordinator_key": self.coordinator.verify_key.hex(),
+                "officer_key": self.officer.verify_key.hex(),
+                "sites": [
+                    {"site_id": home.site_id, "identity_key": home.identity().verify_key.hex()}
+                    for home in self.homes
+                ],
             },
-            what="test plan",
-        )
+            "data": {
+                "conditions": ["common", "rare"],
+                "rare_condition": "rare",
+                "labels": ["organ", "lesion"],
+                "grid_shape": list(preset.grid_shape),
+                "spacing_mm": [4.0, 4.0, 4.0],
+                "simulated": True,
+            },
+            "model": {
+                "preset": "micro",
+                "autoencoder_sha256": hashes["autoencoder"],
+                "prior_sha256": hashes["prior"],
+                "trainable": "conditioning",
+                "dimension": dimension,
+            },
+            "privacy": proposed.privacy.model_dump(),
+            "secure_aggregation": proposed.secure_aggregation.model_dump(),
+            "audit": {"score_edges": [0.0], "control_edges": [0.0], "copy_distance": 1.0},
+            "release": {"site_approvals": 2},
+        }
+        for path, value in self.CLAUSES.items():
+            document = changed(document, path, value)
+        plan = parse_plan(document, what="test plan")
         root = self.root / "coordinator" / plan.study_id
         root.mkdir(parents=True, mode=0o700)
         root.chmod(0o700)

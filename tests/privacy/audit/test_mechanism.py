@@ -19,16 +19,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from mechanism_mutants import (
+    Draw,
+    clip_per_scan,
+    divide_by_actual_batch,
+    missing_at_one_site,
+    same_seed_at_two_sites,
+    same_seed_in_two_rounds,
+    scaled,
+    sum_draws,
+    without_rounding,
+)
 
 from privacy.audit.mechanism import AuditSize, MechanismAudit, NetworkUnderAudit, audit_mechanism
 from privacy.dp import execution_plan as execution_plan_module
 from privacy.dp import trainer as trainer_module
 from privacy.dp.calibration import propose_privacy
 from privacy.dp.execution_plan import ExecutionPlan
-from privacy.dp.noise import noise_share
 from privacy.dp.patient_gradients import PatientGradients
 from privacy.dp.patients import PatientScans
-from privacy.dp.sensitivity import Sensitivity, clipped_sum_sensitivity
 from privacy.dp.trainer import PatientTrainer
 from privacy.secagg import server_rounds, site_masking
 from privacy.secret_random import SecretRandom
@@ -109,57 +118,6 @@ def test_the_plans_own_network_passes() -> None:
 # Mutants of noise.
 
 
-class Seeded(SecretRandom):
-    """What no site may have: a stream that somebody else has too."""
-
-    def __init__(self, key: bytes) -> None:
-        self._key = key
-        super().__init__()
-
-    def _fresh_key(self) -> bytes:
-        return self._key
-
-
-Draw = Callable[[ExecutionPlan, SecretRandom], np.ndarray]
-
-
-def scaled(factor: float) -> Draw:
-    return lambda plan, secret: np.rint(factor * noise_share(plan, secret)).astype(np.int64)
-
-
-def missing_at_one_site() -> Draw:
-    first: list[SecretRandom] = []
-
-    def draw(plan: ExecutionPlan, secret: SecretRandom) -> np.ndarray:
-        first[:] = first or [secret]
-        share = noise_share(plan, secret)
-        return np.zeros_like(share) if secret is first[0] else share
-
-    return draw
-
-
-def same_seed_at_two_sites() -> Draw:
-    streams: dict[int, tuple[SecretRandom, SecretRandom]] = {}
-
-    def draw(plan: ExecutionPlan, secret: SecretRandom) -> np.ndarray:
-        if id(secret) not in streams:
-            own = Seeded(bytes(32)) if len(streams) < 2 else secret
-            streams[id(secret)] = (secret, own)
-        return noise_share(plan, streams[id(secret)][1])
-
-    return draw
-
-
-def same_seed_in_two_rounds() -> Draw:
-    keys: dict[int, tuple[SecretRandom, bytes]] = {}
-
-    def draw(plan: ExecutionPlan, secret: SecretRandom) -> np.ndarray:
-        _, key = keys.setdefault(id(secret), (secret, secret.bytes(32)))
-        return noise_share(plan, Seeded(key))
-
-    return draw
-
-
 def uniform_noise(plan: ExecutionPlan, secret: SecretRandom) -> np.ndarray:
     """The right variance and the wrong shape."""
     width = plan.noise_share_steps * math.sqrt(12)
@@ -203,26 +161,9 @@ def test_noise_left_out_where_nobody_takes_part_fails(monkeypatch: pytest.Monkey
 # Mutants of clipping and averaging.
 
 
-def by_scan(patients: Sequence[PatientScans]) -> list[PatientScans]:
-    return [
-        PatientScans(
-            patient_key=f"{patient.patient_key}/{scan}",
-            latents_SCDHW=patient.latents_SCDHW[scan : scan + 1],
-            conditions_S=patient.conditions_S[scan : scan + 1],
-        )
-        for patient in patients
-        for scan in range(patient.n_scans)
-    ]
-
-
 @pytest.mark.parametrize("share", [1.0, 0.5], ids=["added", "averaged"])
 def test_clipping_per_scan_fails(monkeypatch: pytest.MonkeyPatch, share: float) -> None:
-    original = PatientGradients.clipped_sum
-
-    def wrong(self: PatientGradients, patients: Sequence[PatientScans], *rest: Any, **options: Any) -> Any:
-        return share * original(self, by_scan(patients), *rest, **options)
-
-    monkeypatch.setattr(PatientGradients, "clipped_sum", wrong)
+    clip_per_scan(monkeypatch, share)
     assert "clipping" in failed(plan())
     assert "network-clipping" in failed(
         network_plan(), size=replace(SMALL, canaries=8), network=small_network()
@@ -231,32 +172,15 @@ def test_clipping_per_scan_fails(monkeypatch: pytest.MonkeyPatch, share: float) 
 
 def test_sum_of_draws_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """The loss summed over a patient's draws: the gradient is K times too long before it is clipped."""
-    original = PatientGradients.__init__
-
-    def wrong(self: PatientGradients, denoiser: Any, params: Any, loss: Any, **options: Any) -> None:
-        draws = options["draws_per_patient"]
-        original(self, denoiser, params, lambda *batch: draws * loss(*batch), **options)
-
-    monkeypatch.setattr(PatientGradients, "__init__", wrong)
+    sum_draws(monkeypatch)
     assert "averaging" in failed(plan())
 
 
 @pytest.mark.parametrize("rescaled", ["by the declared number", "by the site's expected batch"])
 def test_division_by_the_actual_batch_fails(monkeypatch: pytest.MonkeyPatch, rescaled: str) -> None:
     """At q = 0.5. The second is right on average, so only the coins of each step show it."""
-    original, update = PatientGradients.clipped_sum, PatientTrainer.distributed_update
-    expected = [plan(0.5).sum_divisor / 4]
-
-    def watched(self: PatientTrainer, patients: Sequence[PatientScans]) -> np.ndarray:
-        if rescaled != "by the declared number":
-            expected[0] = self._plan.sampling_rate * len(patients)
-        return update(self, patients)
-
-    def wrong(self: PatientGradients, patients: Sequence[PatientScans], *rest: Any, **options: Any) -> Any:
-        return original(self, patients, *rest, **options) * expected[0] / max(len(patients), 1)
-
-    monkeypatch.setattr(PatientTrainer, "distributed_update", watched)
-    monkeypatch.setattr(PatientGradients, "clipped_sum", wrong)
+    constant = plan(0.5).sum_divisor / 4 if rescaled == "by the declared number" else None
+    divide_by_actual_batch(monkeypatch, constant)
     assert failed(plan(0.5)) & {"clipping", "averaging", "nothing-else"}
 
 
@@ -305,10 +229,6 @@ def test_another_rate_fails(monkeypatch: pytest.MonkeyPatch) -> None:
         lambda secret, **options: original(secret, **options | {"sampling_rate": 0.7}),
     )
     assert "participation" in failed(plan(0.5))
-
-
-def without_rounding(**options: Any) -> Sensitivity:
-    return replace(clipped_sum_sensitivity(**options), rounding=0.0)
 
 
 @pytest.mark.parametrize("grid", ["coarse", "fine"])

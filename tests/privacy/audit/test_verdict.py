@@ -96,6 +96,23 @@ def test_null_candidates_are_refused_at_most_at_the_stated_level(make_plan: Make
     assert refused <= 36
 
 
+@pytest.mark.parametrize("noise", [1.0, 2.0])
+def test_eight_held_out_patients_are_too_few_and_the_policy_decides(
+    make_plan: MakePlan, noise: float
+) -> None:
+    """16 members beside them; noise as little as no plan would have it, and as much as one has."""
+    rng = np.random.default_rng(3)
+    for low_power, outcome in (("refuse", "invalid"), ("accept", "no_violation_found")):
+        plan = make_plan(audit_noise=noise, low_power=low_power)
+        verdict = _verdict(plan, _counts(plan, rng, n=(16, 8)))
+        power = verdict.condition("power")
+        assert power.figure is not None and power.figure < 0.5
+        assert f"too blind; the plan {low_power}s that" in power.text
+        assert verdict.outcome == outcome, verdict.summary
+        assert power.text in verdict.summary or low_power == "accept"
+    assert make_plan().audit.low_power == "refuse"
+
+
 POOLED = [
     {"attack": "sima", "timesteps": [0.2], "edges": [-0.5, 0.5, 1.5], "pooled_weight": 16},
     {"attack": "pia", "timesteps": [0.1, 0.3], "edges": [0.0, 1.0], "pooled_weight": 8},

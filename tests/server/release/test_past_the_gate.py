@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from release_study import (
     ASKING,
@@ -38,6 +39,7 @@ from release_study import (
 )
 
 from client.site_policy import SitePolicy
+from privacy.audit.counts import CONTROL_WEIGHT, PRIMARY_WEIGHT, CountsLayout
 from privacy.audit.verdict import PlantedLeak
 from privacy.audit.verdict_statement import make_verdict_statement, sign_verdict
 from privacy.compliance.approvals import APPROVAL_PREDICATE, approve_decision, approve_plan
@@ -285,6 +287,7 @@ ATTEMPTS: list[Attempt] = [
     ("verdict that its counts do not give", lambda s: at_the_gate(s, **verdicts(s, "beta", flattered(s, "beta"))), "does not follow from its counts"),
     ("veto passed over", lambda s: at_the_gate(s, **verdicts(s, "gamma", signed_verdict(s, "gamma", veto=True))), "no-veto: vetoed by gamma"),
     ("control out of its interval", lambda s: at_the_gate(s, **verdicts(s, "beta", signed_verdict(s, "beta", planted_leak=PlantedLeak(auc=0.5, n_planted=16, n_fresh=16)))), "audit-control-planted-leak: invalid"),
+    ("audit that saw eight held-out patients", lambda s: at_the_gate(s, **of_eight(s)), "at least 0.5 is asked: too blind; the plan refuses that"),
     ("candidate changed after the audit", lambda s: at_the_gate(s, candidate_sha256="9" * 64), "verdicts-candidate"),
     ("autoencoder exchanged", lambda s: at_the_gate(s, autoencoder_sha256="9" * 64), "public-parts"),
     ("audit repeated until it passes", lambda s: at_the_gate(s, **second_audit(s, recorded=True)), "2 audits were completed; an audit is not repeated"),
@@ -356,6 +359,18 @@ def every_coin_shown(study: Study) -> dict[str, Any]:
 def hidden_leak(study: Study) -> dict[str, Any]:
     """Counts in which the pooled secondary attack alone sees the members; the verdicts say so."""
     counts = honest_counts(study.plan, secondary_leak=True)
+    return {"verdicts": {site: signed_verdict(study, site, pooled_counts=counts) for site in SITES}}
+
+
+def of_eight(study: Study) -> dict[str, Any]:
+    """An honest audit of 16 members and 8 held-out patients: it would see next to nothing."""
+    layout = CountsLayout.from_plan(study.plan)
+    s, c = layout.score_bins, layout.control_bins
+    cells = np.zeros(layout.length, dtype=int)
+    for block, each in ((0, 4), (1, 4), (2, 4)):
+        cells[block * s + 1] = cells[block * s + 3] = each * PRIMARY_WEIGHT
+    cells[3 * s + 1], cells[3 * s + c + 1] = 16 * CONTROL_WEIGHT, 8 * CONTROL_WEIGHT
+    counts = tuple(int(cell) for cell in cells)
     return {"verdicts": {site: signed_verdict(study, site, pooled_counts=counts) for site in SITES}}
 
 
