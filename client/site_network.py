@@ -12,12 +12,13 @@ from pathlib import Path
 
 from client.site_home import SiteHome
 from shared.canonical import canonical_json, parse_json
-from shared.certificates import key_bytes, load_key, make_request, new_key, save_key
+from shared.certificates import key_bytes, load_key, make_request, new_key
 from shared.enrolment import MachineKeys
 from shared.enrolment import make_request as make_enrolment_request
 from shared.errors import RefusedError, SiteError
 from shared.home import private_directory, write_private
 from shared.node_keys import make_node_key
+from shared.private_keys import save_private_key
 from shared.site_certificate import SiteCertificate, open_certificate
 
 FOLDER = ".network"
@@ -64,7 +65,7 @@ class SiteNetwork:
                 "this site has a certificate", remedy="ask for the next one: lacuna site request --renew"
             )
         if not self.next_tls_key.exists():
-            save_key(new_key(), self.next_tls_key)
+            save_private_key(new_key(), self.next_tls_key)
         machines = MachineKeys(
             tls_request=make_request(load_key(self.next_tls_key), name=name).decode(),
             node_key=self.node_key.with_suffix(".pub").read_text().strip(),

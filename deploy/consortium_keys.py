@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from shared.certificates import issue_server_certificate, make_authority, new_key, save_key, to_pem
+from shared.certificates import issue_server_certificate, make_authority, new_key, to_pem
+from shared.private_keys import save_private_key
 
 VALID_FOR = timedelta(days=90)
 
@@ -43,5 +44,5 @@ def make_server_certificate(
     )
     files.authority.write_bytes(to_pem(authority.certificate))
     files.certificate.write_bytes(to_pem(certificate))
-    save_key(key, files.key)
+    save_private_key(key, files.key)
     return files

@@ -30,12 +30,12 @@ from shared.certificates import (
     new_key,
     read_certificate,
     read_request,
-    save_key,
     to_pem,
 )
 from shared.enrolment import EnrolmentRequest
 from shared.errors import CoordinatorError, RefusedError, UsageError
 from shared.home import private_directory, write_private
+from shared.private_keys import save_private_key
 from shared.site_certificate import ADDRESS, SiteCertificate
 
 AUTHORITY_DAYS = 3650
@@ -99,7 +99,7 @@ class CertificateAuthority:
         authority = make_authority("Lacuna coordinator", now=at, valid_for=timedelta(days=AUTHORITY_DAYS))
         write_private(self.root / "network.json", canonical_json({"address": address}))
         write_private(self.root / "ca.pem", to_pem(authority.certificate))
-        save_key(authority.key, self.root / "ca.key")
+        save_private_key(authority.key, self.root / "ca.key")
         self.renew_server(now=at)
         self.write_revocation_list(now=at)
 
@@ -115,7 +115,7 @@ class CertificateAuthority:
             valid_for=timedelta(days=CERTIFICATE_DAYS),
         )
         (self.root / "server.key").unlink(missing_ok=True)
-        save_key(key, self.root / "server.key")
+        save_private_key(key, self.root / "server.key")
         write_private(self.root / "server.pem", to_pem(certificate))
 
     @property

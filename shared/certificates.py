@@ -8,7 +8,6 @@ never overwritten. Source: RFC 5280 (profile), RFC 2986 (requests).
 from __future__ import annotations
 
 import ipaddress
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -21,6 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from shared.errors import MalformedMessageError, SiteError
+from shared.private_keys import load_private_key
 
 MAX_PEM_BYTES = 16 * 1024
 SKEW = timedelta(hours=1)
@@ -117,31 +117,9 @@ def new_key() -> ec.EllipticCurvePrivateKey:
     return ec.generate_private_key(ec.SECP256R1())
 
 
-def save_key(key: ec.EllipticCurvePrivateKey, path: Path) -> None:
-    """Write a key as PKCS #8 PEM with mode 0600. Raises SiteError if the file exists."""
-    pem = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError as error:
-        raise SiteError(f"{path} exists already; a key is never overwritten") from error
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(pem)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def load_key(path: Path) -> ec.EllipticCurvePrivateKey:
-    """Read what :func:`save_key` wrote. Raises SiteError: missing, open to others, or no such key."""
-    try:
-        if path.stat().st_mode & 0o077:
-            raise SiteError(f"private key {path} can be read by other users", remedy=f"chmod 600 {path}")
-        key = serialization.load_pem_private_key(path.read_bytes(), password=None)
-    except OSError as error:
-        raise SiteError(f"private key {path} cannot be read: {error.strerror}") from error
-    except (ValueError, TypeError) as error:
-        raise SiteError(f"{path} is not a PEM private key") from error
+    """A NIST key from its file. Raises SiteError: missing, open to others, or another kind of key."""
+    key = load_private_key(path)
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise SiteError(f"{path} holds a key of another kind than a NIST curve's")
     return key

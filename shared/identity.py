@@ -7,7 +7,6 @@ band. A signature always covers a domain (purpose and version) and length-prefix
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from shared.canonical import digest, framed
 from shared.errors import MalformedMessageError, PeerError, SiteError
+from shared.private_keys import load_private_key, save_private_key
 
 PUBLIC_KEY_BYTES = 32
 SIGNATURE_BYTES = 64
@@ -102,33 +102,14 @@ class SigningKey:
         Raises:
             SiteError: missing, readable by others, or not such a key.
         """
-        try:
-            if path.stat().st_mode & 0o077:
-                raise SiteError(f"private key {path} can be read by other users", remedy=f"chmod 600 {path}")
-            key = serialization.load_pem_private_key(path.read_bytes(), password=None)
-        except OSError as error:
-            raise SiteError(f"private key {path} cannot be read: {error.strerror}") from error
-        except (ValueError, TypeError) as error:
-            raise SiteError(f"{path} is not a PEM private key") from error
+        key = load_private_key(path)
         if not isinstance(key, Ed25519PrivateKey):
             raise SiteError(f"{path} holds a key of another kind than Ed25519")
         return cls(key)
 
     def save(self, path: Path) -> None:
         """Write the key as PEM with mode 0600. Raises SiteError if the file exists already."""
-        pem = self._key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        )
-        try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        except FileExistsError as error:
-            raise SiteError(f"{path} exists already; a key is never overwritten") from error
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(pem)
-            file.flush()
-            os.fsync(file.fileno())
+        save_private_key(self._key, path)
 
     def sign(self, domain: str, *parts: bytes) -> bytes:
         """64-byte signature over ``framed(domain, *parts)``."""

@@ -22,10 +22,10 @@ from shared.certificates import (
     make_authority,
     new_key,
     read_certificate,
-    save_key,
     to_pem,
 )
 from shared.enrolment import open_request
+from shared.private_keys import save_private_key
 
 PULL = "/v1/fleet/pull-messages"
 
@@ -88,7 +88,7 @@ def signed_context(
     else:
         found = issue_site_certificate(authority, key.public_key(), name=name, now=now, valid_for=valid_for)
     (folder / "c.pem").write_bytes(to_pem(found))
-    save_key(key, folder / "c.key")
+    save_private_key(key, folder / "c.key")
     return certificate_context(pair.home.authority.root / "ca.pem", folder / "c.pem", folder / "c.key")
 
 
@@ -126,7 +126,7 @@ def strangers(pair: PerimeterPair, north: Site, south: Site, folder: Path) -> ss
 def self_signed(pair: PerimeterPair, north: Site, south: Site, folder: Path) -> ssl.SSLContext:
     other = make_authority("north", now=datetime.now(UTC), valid_for=timedelta(days=9))
     (folder / "c.pem").write_bytes(to_pem(other.certificate))
-    save_key(other.key, folder / "c.key")
+    save_private_key(other.key, folder / "c.key")
     return certificate_context(pair.home.authority.root / "ca.pem", folder / "c.pem", folder / "c.key")
 
 

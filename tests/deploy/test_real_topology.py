@@ -45,10 +45,10 @@ from shared.certificates import (
     make_authority,
     new_key,
     read_certificate,
-    save_key,
     to_pem,
 )
 from shared.node_keys import node_key_header
+from shared.private_keys import save_private_key
 
 pytestmark = [pytest.mark.slow, pytest.mark.flower, pytest.mark.timeout(3600)]
 
@@ -160,7 +160,7 @@ def made_certificates(network: HospitalNetwork, folder: Path) -> dict[str, dict[
             )
         paths = {"certificate": folder / f"{name}.pem", "key": folder / f"{name}.key"}
         paths["certificate"].write_bytes(to_pem(made))
-        save_key(key, paths["key"])
+        save_private_key(key, paths["key"])
         os.chown(paths["key"], STRANGER, STRANGER)
         found[name] = {kind: str(path) for kind, path in paths.items()}
     return found
