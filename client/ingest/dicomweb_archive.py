@@ -57,7 +57,7 @@ class DicomWebArchive:
     ) -> None:
         if not url.startswith(("http://", "https://")):
             raise UsageError(f"{url!r} is not an address of a DICOMweb service (https://...)")
-        session = requests.Session()
+        session = _Session()
         if authority is not None:
             session.verify = str(authority)
         if certificate is not None:
@@ -120,6 +120,14 @@ class DicomWebArchive:
                 f"{self._url}: the archive cannot be used ({type(error).__name__})",
                 remedy="check address and network, then import again: what was fetched is kept",
             ) from error
+
+
+class _Session(requests.Session):  # type: ignore[misc] # requests is not typed
+    """A session whose own authority counts, and not REQUESTS_CA_BUNDLE, where one was given."""
+
+    def merge_environment_settings(self, url: Any, proxies: Any, stream: Any, verify: Any, cert: Any) -> Any:
+        own = self.verify if verify is None else verify
+        return super().merge_environment_settings(url, proxies, stream, own, cert)
 
 
 def _remote_series(study: dict[str, Any], series: dict[str, Any]) -> RemoteSeries:

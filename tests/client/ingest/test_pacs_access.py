@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import ssl
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import certifi
 import numpy as np
 import pytest
+import requests
 from dicom_series import Series, blob
 from orthanc_server import Orthanc, running_orthanc
 
@@ -94,6 +100,50 @@ def test_dicomweb_with_a_password_from_netrc(
     monkeypatch.setenv("NETRC", str(netrc(tmp_path / "netrc", PASSWORD)))
     archive = DicomWebArchive(locked.server.dicomweb)
     np.testing.assert_array_equal(fetched(archive, tmp_path / "in", locked.series), locked.series.voxels)
+
+
+@contextmanager
+def behind_tls(locked: Locked) -> Iterator[str]:
+    """The archive's DICOMweb behind a TLS proxy, as hospitals have it; yields its address."""
+
+    class Forward(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            headers = {name: self.headers[name] for name in ("Accept", "Authorization") if self.headers[name]}
+            reply = requests.get(f"{locked.server.web}{self.path}", headers=headers, timeout=60)
+            self.send_response(reply.status_code)
+            self.send_header("Content-Type", reply.headers["Content-Type"])
+            self.send_header("Content-Length", str(len(reply.content)))
+            self.end_headers()
+            self.wfile.write(reply.content)
+
+        def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+            pass
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(
+        locked.authority.with_name("orthanc.pem"), locked.authority.with_name("orthanc.key")
+    )
+    with ThreadingHTTPServer(("127.0.0.1", 0), Forward) as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"https://127.0.0.1:{server.server_port}/dicom-web"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_https_trusts_the_authority_that_was_named_and_no_other(
+    locked: Locked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NETRC", str(netrc(tmp_path / "netrc", PASSWORD)))
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", certifi.where())  # must not take the place of ours
+    with behind_tls(locked) as address:
+        archive = DicomWebArchive(address, authority=locked.authority)
+        np.testing.assert_array_equal(fetched(archive, tmp_path / "in", locked.series), locked.series.voxels)
+        with pytest.raises(PacsError, match="SSLError"):
+            list(DicomWebArchive(address).find(None, frozenset()))
 
 
 def test_a_wrong_password_or_token_is_said(
