@@ -32,6 +32,8 @@ def audit_lines(record: dict[str, Any]) -> list[str]:
     ]
     if audit.epsilon_lower_bound is not None:
         lines.append(f"epsilon that the attack proves: at least {audit.epsilon_lower_bound:.2f}")
+    if audit.mu_lower_bound is not None:
+        lines.append(f"mu that it proves if the mechanism is Gaussian: at least {audit.mu_lower_bound:.2f}")
     return lines
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from privacy.audit.bounds import (
     auc_interval,
     clopper_pearson,
     epsilon_lower_bound,
+    mu_lower_bound,
     smallest_n_for_rate,
 )
 from privacy.audit.controls import PLANTED, member_coin, planted_leak
@@ -112,6 +114,7 @@ class LocalAudit:
         counts: The vector that leaves, before noise: int64[k].
         neighbours: Members nearest to a sample, with pictures; empty in audits that kept none.
         secondary: The plan's secondary attacks, in its order.
+        mu_lower_bound: What the same counts prove of a mechanism known to be Gaussian.
     """
 
     n_members: int
@@ -134,6 +137,7 @@ class LocalAudit:
     counts: Counts
     neighbours: tuple[Neighbour, ...] = ()
     secondary: tuple[SecondaryFigures, ...] = ()
+    mu_lower_bound: float | None = None
 
     def __repr__(self) -> str:
         return "LocalAudit(<private>)"
@@ -147,6 +151,7 @@ class LocalAudit:
             "attack": _interval_to_dict(self.attack),
             "power": self.power,
             "epsilon_lower_bound": self.epsilon_lower_bound,
+            "mu_lower_bound": self.mu_lower_bound,
             "true_positive_rates": [list(pair) for pair in self.true_positive_rates],
             "public_control": _interval_to_dict(self.public_control),
             "member_control": _interval_to_dict(self.member_control),
@@ -178,13 +183,14 @@ class LocalAudit:
                 name: _array_from_list(value[name])
                 for name in ("member_scores", "held_out_scores", "member_distances", "held_out_distances")
             }
-            bound = value["epsilon_lower_bound"]
+            bound, mu = value["epsilon_lower_bound"], value.get("mu_lower_bound")
             return cls(
                 n_members=int(value["n_members"]),
                 n_held_out=int(value["n_held_out"]),
                 attack=_interval_from_dict(value["attack"]),
                 power=float(value["power"]),
                 epsilon_lower_bound=None if bound is None else float(bound),
+                mu_lower_bound=None if mu is None else float(mu),
                 true_positive_rates=tuple(
                     (float(rate), float(share)) for rate, share in value["true_positive_rates"]
                 ),
@@ -378,7 +384,10 @@ def _figures(
         n_held_out=len(held_out),
         attack=_auc_or_none(scores[0], scores[1], level),
         power=_local_power(plan, len(finite[0]), len(finite[1])),
-        epsilon_lower_bound=_proved_epsilon(plan, finite[0], finite[1]),
+        epsilon_lower_bound=_proved_at_edges(
+            plan, finite[0], finite[1], partial(epsilon_lower_bound, delta=plan.privacy.delta)
+        ),
+        mu_lower_bound=_proved_at_edges(plan, finite[0], finite[1], mu_lower_bound),
         true_positive_rates=_true_positive_rates(finite[0], finite[1]),
         public_control=_auc_or_none(
             -losses[0].public_P, -losses[1].public_P, level_of_test(plan, "control_public_loss") / 2
@@ -429,18 +438,20 @@ def _local_power(plan: StudyPlan, n_members: int, n_held_out: int) -> float:
     )
 
 
-def _proved_epsilon(plan: StudyPlan, members: FloatArray, held_out: FloatArray) -> float | None:
+def _proved_at_edges(
+    plan: StudyPlan, members: FloatArray, held_out: FloatArray, bound: Callable[..., float]
+) -> float | None:
+    """The largest of a bound at the plan's edges, the error split over them."""
     if min(members.size, held_out.size) < 2:
         return None
     edges = plan.audit.score_edges
     error = level_of_test(plan, "membership_attack") / len(edges)
     return max(
-        epsilon_lower_bound(
+        bound(
             int((members >= edge).sum()),
             members.size,
             int((held_out >= edge).sum()),
             held_out.size,
-            delta=plan.privacy.delta,
             error=error,
         )
         for edge in edges

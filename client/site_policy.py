@@ -71,6 +71,9 @@ class SitePolicy(BaseModel):
     min_significance: float = Field(default=0.05, gt=0, lt=0.5)
     """A plan with a smaller level blocks less easily."""
     min_copy_samples: int = Field(default=500, ge=0)
+    min_mechanism_canaries: int = Field(default=0, ge=0)
+    """Least canaries of the mechanism audit that a plan asks every site's installation to pass; 0: a plan
+    may ask for none. Mode ``distributed`` only, the one that this audit covers."""
     max_copied_share: float = Field(default=0.1, ge=0, le=1)
     """Largest share of the declared patients that the gate may let be copied."""
     max_audit_attempts: int = Field(default=2, ge=1)
@@ -160,6 +163,10 @@ class SitePolicy(BaseModel):
             "min_power": (audit.min_power, self.min_power),
             "min_significance": (audit.significance, self.min_significance),
             "min_copy_samples": (audit.copy_samples, self.min_copy_samples),
+            "min_mechanism_canaries": (
+                audit.mechanism_canaries,
+                self.min_mechanism_canaries if plan.privacy.mode == "distributed" else 0,
+            ),
             "min_site_approvals": (plan.release.site_approvals, self.min_site_approvals),
         }
         failed = [

@@ -59,6 +59,7 @@ ONE_CLAUSE: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("allow_low_power", {}, {"audit__low_power": "accept"}),
     ("min_significance", {}, {"audit__significance": 0.01}),
     ("min_copy_samples", {}, {"audit__copy_samples": 499}),
+    ("min_mechanism_canaries", {"min_mechanism_canaries": 1}, {}),
     ("max_copied_share", {}, {"audit__max_copied_patients": 11}),
     ("max_audit_attempts", {"max_audit_attempts": 1}, {}),
     ("min_site_approvals", {}, {"release__site_approvals": 1}),
