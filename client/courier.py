@@ -104,8 +104,9 @@ def to_records(envelope: Envelope) -> RecordDict:
 
 def from_records(records: RecordDict) -> Envelope:
     """The inverse of :func:`to_records`. Raises MalformedMessageError."""
-    values, arrays = records.config_records.get("frame"), records.array_records.get("blobs")
-    if values is None or arrays is None or len(records) != 2:
+    # RecordDict's views by type (array_records) would tie arrays and records into a cycle of references.
+    values, arrays = records.get("frame"), records.get("blobs")
+    if len(records) != 2 or not isinstance(values, ConfigRecord) or not isinstance(arrays, ArrayRecord):
         raise MalformedMessageError("a message has exactly the records frame and blobs")
     return from_carried(values, {name: array.data for name, array in arrays.items()})
 

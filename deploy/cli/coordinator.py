@@ -244,6 +244,7 @@ def plan_new(
     from datetime import UTC, datetime, timedelta
 
     from privacy.audit.canary_opening import canary_outlook
+    from privacy.dp.execution_plan import ExecutionPlan
     from server.coordinator_home import CoordinatorHome
     from server.planning import PlanChoices, draft_plan
 
@@ -287,6 +288,11 @@ def plan_new(
     )
     if plan.audit.canaries_per_site:
         click.echo(canary_outlook(plan))
+    execution = ExecutionPlan.from_study_plan(plan)
+    wraps = max(execution.wrap_probability, execution.audit_wrap_probability)
+    click.echo(
+        f"sums modulo 2^{execution.modulus_bits}; one leaves the range with probability {wraps:.1g} at most"
+    )
 
 
 @plan_group.command("sign")

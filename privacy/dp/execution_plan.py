@@ -45,6 +45,9 @@ sensitivity."""
 MAX_COUNTS_SENSITIVITY = 1024.0
 """Largest L2 sensitivity of audit counts for which the ranges of a plan are checked."""
 
+MAX_COUNT_WEIGHT = 16
+"""Largest amount by which one patient moves one cell of the audit counts (:mod:`privacy.audit.counts`)."""
+
 MAX_COUNTS_LENGTH = 1 << 20
 
 
@@ -217,7 +220,12 @@ class ExecutionPlan:
 
     @property
     def wrap_probability(self) -> float:
-        """Bound on the probability that an honest training attempt's total leaves the modulus' range."""
+        """Bound on the probability that an honest training attempt's total leaves the modulus' range.
+
+        n sites' clamped vectors reach n clamp_steps at most, for certain; the rest of the range is for the
+        sum of n shares of noise: Chernoff's bound (:func:`privacy.dp.closeness.tail_probability`) for each
+        coordinate, times their number. In mode ``local`` noise is inside the clamp, and the bound is 0.
+        """
         noise = self.noise_share_steps if self.mode == "distributed" else 0.0
         return self._wrap(self.clamp_steps, noise, self.dimension)
 
@@ -225,7 +233,7 @@ class ExecutionPlan:
     def audit_wrap_probability(self) -> float:
         """The same for audit counts of any permitted sensitivity and length."""
         share = self.audit_share_steps(MAX_COUNTS_SENSITIVITY)
-        return self._wrap(MAX_PATIENTS_PER_SITE, share, MAX_COUNTS_LENGTH)
+        return self._wrap(MAX_COUNT_WEIGHT * MAX_PATIENTS_PER_SITE, share, MAX_COUNTS_LENGTH)
 
     def _wrap(self, clamp: int, share: float, length: int) -> float:
         room = 2 ** (self.modulus_bits - 1) - 1 - self.n_sites * clamp

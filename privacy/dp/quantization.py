@@ -9,6 +9,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+CHUNK = 1 << 15
+"""Coordinates that are converted at a time, so that they stay in the processor's cache."""
+
 
 def quantize(
     values_d: NDArray[np.float64], *, grid_step: float, clamp_steps: int | None
@@ -23,7 +26,12 @@ def quantize(
     Returns:
         int64 [d].
     """
-    steps_d = np.nan_to_num(np.rint(values_d / grid_step), nan=0.0, posinf=0.0, neginf=0.0)
-    if clamp_steps is not None:
-        steps_d = np.clip(steps_d, -clamp_steps, clamp_steps)
-    return steps_d.astype(np.int64)
+    result_d = np.empty(len(values_d), dtype=np.int64)
+    for start in range(0, len(values_d), CHUNK):
+        steps = values_d[start : start + CHUNK] / grid_step
+        np.rint(steps, out=steps)
+        np.nan_to_num(steps, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
+        if clamp_steps is not None:
+            np.clip(steps, -clamp_steps, clamp_steps, out=steps)
+        result_d[start : start + CHUNK] = steps
+    return result_d

@@ -14,7 +14,7 @@ import numpy as np
 from privacy.secagg.prg import IntVector, Words, apply_streams, masked_residues
 from shared.wire import Blob
 
-PIECE_BYTES = 4 * 1024 * 1024
+PIECE_BYTES = 2 * 1024 * 1024
 """A vector travels in pieces of this size (the last one shorter), so that nobody along the way has to hold
 it twice in order to put it together."""
 

@@ -7,6 +7,7 @@ is well formed says nothing about whether it is acceptable.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 from privacy.secagg.keys import PUBLIC_BYTES, SEALED_BYTES, SHARE_BYTES
@@ -25,16 +26,16 @@ from privacy.secagg.message_fields import (
     split_blob,
     write_attempt,
 )
-from privacy.secagg.session import MAX_COUNTER, AttemptId, Session
+from privacy.secagg.session import AttemptId, Session
 from privacy.secagg.statements import KeyStatement, ShareStatement
 from shared.canonical import DIGEST_BYTES, canonical_json
 from shared.errors import MalformedMessageError
 from shared.identity import SIGNATURE_BYTES
-from shared.wire import Blob, Envelope
+from shared.wire import MAX_FRAME_BYTES, Blob, Envelope
 
 DEALT_SHARE_BYTES = SEALED_BYTES + 2 * DIGEST_BYTES + SIGNATURE_BYTES
-MAX_PIECES = 8 * MAX_COUNTER // PIECE_BYTES
-"""Bound on the blobs of a masked vector: 2^31 words of 8 bytes."""
+MAX_PIECES = MAX_FRAME_BYTES // PIECE_BYTES
+"""Bound on the blobs of a masked vector: as many as a frame can hold."""
 ShareKind = Literal["seed", "key"]
 
 
@@ -49,6 +50,10 @@ class KeyAdvertisement:
     ledger_head: dict[str, Any]
     signature: bytes
 
+    @cached_property
+    def _canonical_head(self) -> bytes:
+        return canonical_json(self.ledger_head)
+
     NAMES: ClassVar[set[str]] = {"site", "mask_public", "share_public", "seed", "ledger_head", "signature"}
 
     def statement(self, session: Session) -> KeyStatement:
@@ -58,7 +63,7 @@ class KeyAdvertisement:
             mask_public=self.mask_public,
             share_public=self.share_public,
             seed_commitment=self.seed_commitment,
-            ledger_head=canonical_json(self.ledger_head),
+            ledger_head=self._canonical_head,
         )
 
     def to_body(self) -> dict[str, Any]:

@@ -36,6 +36,8 @@ class SharedState(SiteState):
     keys: dict[str, KeyAdvertisement]
     """Verified keys of all sites of the key set, in roster order."""
     key_set: bytes
+    checked: tuple[UploadRequest, bytes, bytes, HeldShares] | None = field(default=None, repr=False)
+    """The request that was checked last, with both hashes: its shares are not opened again at the upload."""
 
     def check(self, request: UploadRequest, *, weights_hash: bytes, request_hash: bytes) -> HeldShares:
         """Everything that must hold before this site computes, charges or masks.
@@ -47,6 +49,9 @@ class SharedState(SiteState):
             AggregationRefusedError: OTHER_SITE, WRONG_WEIGHTS, WRONG_REQUEST, SELF_NOT_AMONG_PEERS,
                 PEER_WITHOUT_KEYS, TOO_FEW_PEERS, BAD_SHARE_SIGNATURE, SHARES_DO_NOT_FIT.
         """
+        last = self.checked
+        if last is not None and last[0] is request and last[1:3] == (weights_hash, request_hash):
+            return last[3]
         if request.site_id != self.site_id:
             raise AggregationRefusedError(RefusalReason.OTHER_SITE, "the request is for another site")
         if not hmac.compare_digest(request.weights_hash, weights_hash):
@@ -70,7 +75,10 @@ class SharedState(SiteState):
                 RefusalReason.TOO_FEW_PEERS,
                 f"{len(peers)} peers are fewer than the threshold {self.threshold}",
             )
-        return {share.dealer: self._open(share) for share in request.shares}
+        held = {share.dealer: self._open(share) for share in request.shares}
+        self._forget_checked()
+        self.checked = (request, weights_hash, request_hash, held)
+        return held
 
     def check_vector(self, vector: IntVector) -> None:
         """Raises InternalError: the vector to mask is not int64[vector_length]."""
@@ -93,6 +101,7 @@ class SharedState(SiteState):
             request_hash=request.request_hash,
         ).digest()
         plus, minus = self._mask_keys(peers, terms)
+        self.checked = None
         masked = masked_residues(vector, self.session.parameters.modulus_bits, plus, minus)
         self.wipe()
         statement = UploadStatement(session=self.session, site_id=self.site_id, terms=terms)
@@ -109,6 +118,14 @@ class SharedState(SiteState):
 
     def wipe(self) -> None:
         self.secrets.wipe()
+        self._forget_checked()
+
+    def _forget_checked(self) -> None:
+        if self.checked is not None:
+            for pair in self.checked[3].values():
+                for share in pair:
+                    share[:] = bytes(len(share))
+        self.checked = None
 
     def _mask_keys(self, peers: tuple[str, ...], terms: bytes) -> tuple[list[bytes], list[bytes]]:
         plus = [self_mask_key(self.session, self.site_id, self.secrets.seed)]

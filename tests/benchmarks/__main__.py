@@ -9,7 +9,7 @@ import importlib
 import sys
 from pathlib import Path
 
-NAMES = ("mask_expansion", "private_step", "known_break")
+NAMES = ("mask_expansion", "private_step", "known_break", "secagg_cost")
 RESULTS = Path(__file__).parent / "results"
 
 

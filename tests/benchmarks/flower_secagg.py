@@ -59,7 +59,11 @@ class FlowerClient:
 class FlowerServer:
     """Runs the stages and keeps what a server sees: public keys, ciphertexts, masked vectors, shares."""
 
-    def __init__(self, clients: Sequence[FlowerClient], *, threshold: int) -> None:
+    def __init__(
+        self, clients: Sequence[FlowerClient], *, threshold: int, n_clients: int | None = None
+    ) -> None:
+        """``n_clients``: how many there are, where only some of them are played here."""
+        self.n_clients = len(clients) if n_clients is None else n_clients
         self.clients = {client.node_id: client for client in clients}
         self.threshold = threshold
         self.public_keys: dict[int, tuple[bytes, bytes]] = {}
@@ -67,8 +71,8 @@ class FlowerServer:
 
     def set_up(self) -> None:
         configs = {
-            Key.SAMPLE_NUMBER: len(self.clients),
-            Key.SHARE_NUMBER: len(self.clients),
+            Key.SAMPLE_NUMBER: self.n_clients,
+            Key.SHARE_NUMBER: self.n_clients,
             Key.THRESHOLD: self.threshold,
             Key.CLIPPING_RANGE: CLIPPING_RANGE,
             Key.TARGET_RANGE: TARGET_RANGE,

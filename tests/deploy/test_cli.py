@@ -19,10 +19,12 @@ import click
 import pytest
 from click.testing import CliRunner
 from small_package import write_small_package
+from small_plan import small_plan
 
 from client.site_home import SiteHome, init_site
 from deploy.cli.main import cli, main
 from deploy.cli.output import print_table
+from server.coordinator_home import CoordinatorHome
 from shared.errors import LacunaError
 from shared.exit_codes import ExitCode
 from shared.identity import SigningKey, VerifyKey
@@ -340,3 +342,17 @@ def test_the_officers_commands_run_where_no_torch_is_installed(tmp_path: Path) -
     codes = [int(line.split()[1]) for line in done.stderr.splitlines() if line.startswith("exit")]
     assert len(codes) == 3
     assert not {ExitCode.BUG, ExitCode.DONE} & set(codes), done.stderr
+
+
+def test_a_plan_whose_sums_could_wrap_is_not_signed(run: Any, tmp_path: Path) -> None:
+    (tmp_path / "home" / "coordinator" / "small").mkdir(parents=True)
+    draft = CoordinatorHome(tmp_path / "home" / "coordinator").draft_path("small")
+    plan = small_plan()
+    wide = plan.model_copy(
+        update={"secure_aggregation": plan.secure_aggregation.model_copy(update={"clamp_steps": 2**30})}
+    )
+    draft.write_text(wide.to_toml())
+    told = run("coordinator", "plan", "sign", "--study", "small")
+    assert told.code == 20
+    assert "the training sum of 3 sites can leave the range of 32 bits" in told.err
+    assert not (draft.parent / "plan").exists()

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from privacy.audit.counts import CONTROL_WEIGHT, PRIMARY_WEIGHT
 from privacy.dp.accounting import epsilon, gaussian_epsilon
 from privacy.dp.calibration import ProposedPrivacy, propose_privacy
 from privacy.dp.closeness import MIN_SHARE_STEPS
-from privacy.dp.execution_plan import MAX_WRAP_PROBABILITY, ExecutionPlan, check_plan
+from privacy.dp.execution_plan import MAX_COUNT_WEIGHT, MAX_WRAP_PROBABILITY, ExecutionPlan, check_plan
 from shared.errors import UsageError
 from shared.identity import SigningKey
 from shared.study_plan import InvalidPlanError, StudyPlan, parse_plan
@@ -149,6 +151,48 @@ def test_a_plan_that_does_not_keep_its_promise_is_refused(change: dict[str, Any]
         return
     with pytest.raises(InvalidPlanError, match=named):
         check_plan(plan)
+
+
+@pytest.mark.parametrize(
+    ("case", "bits"),
+    [
+        ({}, 32),
+        ({"n_sites": 100, "threshold": 51, "declared_patients": 20_000}, 32),
+        ({"dimension": 10**8}, 32),
+        ({"dimension": 10**8, "n_sites": 100, "threshold": 51, "declared_patients": 2 * 10**7}, 64),
+        ({"mode": "local", "local_steps": 5, "n_sites": 100, "threshold": 51}, 32),
+    ],
+)
+def test_the_modulus_is_as_small_as_the_ranges_allow(case: dict[str, Any], bits: int) -> None:
+    """The bound from its parts: what is certain, and noise of 15 standard deviations, have room."""
+    execution = propose(**case).execution
+    assert execution.modulus_bits == bits
+    share = execution.noise_share_steps if execution.mode == "distributed" else 0.0
+    largest = execution.n_sites * execution.clamp_steps + 9 * share * math.sqrt(execution.n_sites)
+    assert largest < 2 ** (bits - 1)
+    assert execution.wrap_probability <= MAX_WRAP_PROBABILITY
+    narrower = replace(execution, modulus_bits=bits - 12 if bits == 32 else 32)
+    assert narrower.wrap_probability > MAX_WRAP_PROBABILITY
+
+
+def test_the_wrap_bound_is_what_it_says() -> None:
+    """By hand for one plan, and never below the exact Gaussian tail."""
+    execution = propose().execution
+    n, d, bits = execution.n_sites, execution.dimension, execution.modulus_bits
+    std = execution.noise_share_steps * math.sqrt(n)
+    for sigmas in (3.0, 6.0, 7.5):
+        clamp = math.floor((2 ** (bits - 1) - 1 - sigmas * std) / n)
+        bound = replace(execution, clamp_steps=clamp).wrap_probability
+        assert bound == pytest.approx(min(1.0, d * 2 * math.exp(-0.5 * sigmas**2)), rel=1e-3)
+        assert bound >= min(1.0, d * math.erfc(sigmas / math.sqrt(2)))
+    assert replace(execution, clamp_steps=2 ** (bits - 1)).wrap_probability == 1.0
+
+
+def test_a_patient_moves_no_audit_cell_by_more_than_the_bound_counts() -> None:
+    assert max(PRIMARY_WEIGHT, CONTROL_WEIGHT) == MAX_COUNT_WEIGHT
+    execution = replace(propose().execution, n_sites=100, threshold=51)
+    assert execution.audit_wrap_probability == 0.0
+    assert replace(execution, modulus_bits=28).audit_wrap_probability == 1.0
 
 
 def test_public_constants() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,18 @@ from shared.identity import SigningKey
 from shared.study_plan import default_threshold
 from shared.wire import Envelope, decode, encode
 
-if str(Path(__file__).parent) not in sys.path:
-    sys.path.insert(0, str(Path(__file__).parent))
+for folder in (Path(__file__).parent, Path(__file__).parents[2]):
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
 
 STUDY = "ab" * 32
 WEIGHTS, WORK = b"\x01" * 32, b"\x02" * 32
+
+
+def through_bytes(request: Request) -> Request:
+    """The request as it is parsed at its receiver."""
+    envelope = decode(encode(request.to_envelope()))
+    return REQUESTS[envelope.kind].from_envelope(envelope)
 
 
 class Consortium:
@@ -49,6 +56,7 @@ class Consortium:
         self.length, self.study = length, study
         self.register: dict[str, list[int]] = {name: [] for name in self.names}
         self.entropy = SecretRandom()
+        self.arrived: Callable[[Request], Request] = through_bytes
         self.sites: dict[str, SiteSecureAggregation] = {}
         for name in self.names:
             self.restart(name)
@@ -100,18 +108,18 @@ class Consortium:
         self, name: str, request: Request, *, weights: bytes = WEIGHTS, vector: np.ndarray | None = None
     ) -> Envelope:
         """A request through its bytes to the site, and the reply's envelope through its bytes."""
-        envelope = decode(encode(request.to_envelope()))
         site = self.sites[name]
-        parsed = REQUESTS[envelope.kind].from_envelope(envelope)
+        parsed: Any = self.arrived(request)
+        kind = request.KIND
         reply: Reply
-        if envelope.kind == "secagg_advertise":
+        if kind == "secagg_advertise":
             reply = site.advertise(parsed, lambda: {"length": 0, "entry": "00" * 32})
-        elif envelope.kind == "secagg_share":
+        elif kind == "secagg_share":
             reply = site.share(parsed)
-        elif envelope.kind == "secagg_upload":
+        elif kind == "secagg_upload":
             value = self.vector(name) if vector is None else vector
             reply = site.upload(parsed, value, weights_hash=weights, request_hash=WORK)
-        elif envelope.kind == "secagg_confirm":
+        elif kind == "secagg_confirm":
             reply = site.confirm(parsed)
         else:
             reply = site.unmask(parsed)

@@ -90,6 +90,8 @@ class World:
 
     def __init__(self, consortium: Any, n: int, c: int, t: int) -> None:
         self.group = consortium(n, c, t, length=1)
+        self._parsed: dict[int, tuple[Any, Any]] = {}
+        self._parse, self.group.arrived = self.group.arrived, self._arrived
         self.servers: dict[int, ServerAttempt] = {}
         self.outcomes: dict[int, str] = {}
         self.requests: list[tuple[int, str, Any]] = []
@@ -244,6 +246,12 @@ class World:
             return
         self._observe(number, name, envelope)
         self.replies.append((number, name, envelope))
+
+    def _arrived(self, request: Any) -> Any:
+        """One request goes to many sites, and again: it is taken through its bytes once."""
+        if id(request) not in self._parsed:
+            self._parsed[id(request)] = (request, self._parse(request))
+        return self._parsed[id(request)][1]
 
     def _accept(self, number: int, name: str, envelope: Envelope) -> None:
         if number not in self.servers:

@@ -17,6 +17,7 @@ from privacy.secagg.messages import (
 from privacy.secagg.reasons import AggregationRefusedError, Component, RefusalReason
 from privacy.secagg.session import Session
 from privacy.secagg.site_rounds import SiteSecureAggregation
+from privacy.secagg.statements import SurvivorStatement
 from privacy.secagg.thresholds import InvalidThresholdError, ProtocolParameters
 from shared.errors import InternalError, MalformedMessageError
 from shared.identity import SigningKey
@@ -97,6 +98,38 @@ def test_own_keys_replaced_by_older_ones(group):
     refused(RefusalReason.OWN_KEYS_CHANGED, group.sites["site-0"].share, replace(new, keys=keys))
 
 
+def test_own_keys_left_out(group):
+    request = share_request(group)
+    left = replace(request, keys=request.keys[1:])
+    refused(RefusalReason.SELF_NOT_AMONG_PEERS, group.sites["site-0"].share, left)
+    still_sound(group)
+
+
+def test_one_key_for_two_sites(group):
+    """A peer that helps the server signs another peer's public key as its own."""
+    request = share_request(group)
+    copied = replace(request.keys[1], mask_public=request.keys[2].mask_public)
+    session = group.sites["site-0"]._prepared.session
+    copied = replace(copied, signature=copied.statement(session).sign(group.identities["site-1"]))
+    keys = (request.keys[0], copied, *request.keys[2:])
+    refused(RefusalReason.KEY_USED_TWICE, group.sites["site-0"].share, replace(request, keys=keys))
+    still_sound(group)
+
+
+def test_a_roster_with_another_key_for_this_site(group):
+    key = SigningKey.generate()
+    with pytest.raises(InvalidThresholdError, match="does not name site-0"):
+        SiteSecureAggregation(
+            site_id="site-0",
+            key=key,
+            roster=group.roster,
+            parameters=group.parameters,
+            study_digest=group.study,
+            register_attempt=lambda _: None,
+            entropy=group.entropy,
+        )
+
+
 def test_own_extra_site(group):
     request = share_request(group)
     extra = replace(request.keys[1], site_id="site-of-the-server")
@@ -161,7 +194,8 @@ def test_peer_without_keys(group):
 
 
 @pytest.mark.parametrize(
-    ("n", "c", "t"), [(3, 1, 2), (4, 1, 2), (5, 2, 3), (2, 1, 2), (101, 1, 60), (3, 3, 3)]
+    ("n", "c", "t"),
+    [(3, 1, 2), (4, 1, 2), (5, 2, 3), (2, 1, 2), (101, 1, 60), (3, 3, 3), (3, 0, 3), (4, 1, 5)],
 )
 def test_lower_threshold_than_the_plan_can_carry(n, c, t):
     with pytest.raises(InvalidThresholdError):
@@ -285,6 +319,23 @@ def test_confirmation_of_another_set_does_not_count(consortium):
     signatures = [(name, group.sites[name].confirm(first).signature) for name in group.names[:3]]
     signatures.append(("site-3", group.sites["site-3"].confirm(second).signature))
     unmask = UnmaskRequest(attempt=server.attempt, uploads=uploads[:4], confirmations=tuple(signatures))
+    refused(RefusalReason.BAD_CONFIRMATION, group.sites["site-0"].unmask, unmask)
+
+
+def test_confirmation_by_a_site_that_is_no_survivor(consortium):
+    """A site outside U signs U all the same: it does not count among the t signatures."""
+    group = consortium(5, 1, 4)
+    server = uploaded(group)
+    session, terms = server._session, server._collections[Component.UPLOAD].terms
+    uploads = server.build_unmask_requests()["site-0"].uploads
+    chosen = ConfirmRequest(attempt=server.attempt, uploads=uploads[:4])
+    signatures = [(name, group.sites[name].confirm(chosen).signature) for name in group.names[:3]]
+    outsider = SurvivorStatement(
+        session=session, site_id="site-4", terms=terms, survivors=tuple(group.names[:4])
+    ).sign(group.identities["site-4"])
+    unmask = UnmaskRequest(
+        attempt=server.attempt, uploads=uploads[:4], confirmations=(*signatures, ("site-4", outsider))
+    )
     refused(RefusalReason.BAD_CONFIRMATION, group.sites["site-0"].unmask, unmask)
 
 
@@ -442,13 +493,17 @@ def test_an_attempt_number_after_a_restart(group):
 
 
 def test_the_number_is_durable_before_keys_exist(group):
+    register = group.register["site-0"]
+    group.ask("site-0", AdvertiseRequest(attempt=group.attempt(1)))
+    assert register == [1]
+
     def full_disk(number):
         raise OSError("no space left on device")
 
     group.sites["site-0"]._register_attempt = full_disk
     with pytest.raises(OSError, match="no space"):
-        group.sites["site-0"].advertise(AdvertiseRequest(attempt=group.attempt(1)), dict)
-    assert group.sites["site-0"].prepared_attempt is None
+        group.sites["site-0"].advertise(AdvertiseRequest(attempt=group.attempt(2)), dict)
+    assert group.sites["site-0"].prepared_attempt == 1
 
 
 def test_request_for_another_site(group):
@@ -539,6 +594,22 @@ def test_secrets_are_wiped_when_an_attempt_closes(group):
     group.sites["site-0"].abandon()
     assert not any(any(piece) for piece in held)
     assert group.sites["site-0"].open_attempt is None
+
+
+def test_the_key_pair_dies_also_where_masking_fails(group, monkeypatch):
+    server = group.until(Component.UPLOAD)
+    request = server.build_upload_requests(WEIGHTS, WORK)["site-0"]
+    secrets = group.sites["site-0"]._prepared.secrets
+
+    def out_of_memory(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("privacy.secagg.site_masking.masked_residues", out_of_memory)
+    hashes = {"weights_hash": WEIGHTS, "request_hash": WORK}
+    with pytest.raises(MemoryError):
+        group.sites["site-0"].upload(request, group.vector("site-0"), **hashes)
+    assert secrets.seed == secrets.mask_private == bytes(32)
+    refused(RefusalReason.ATTEMPT_CLOSED, group.sites["site-0"].check_upload, request, **hashes)
 
 
 def test_signatures_are_bound_to_the_whole_session(group):

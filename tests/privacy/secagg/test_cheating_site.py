@@ -232,3 +232,36 @@ def test_malformed_replies_are_named(group):
     assert server.pending(Component.SHARE) == ("site-2", "site-3", "site-4")
     server.drop("site-4", Component.SHARE, FaultReason.UNREACHABLE, "no reply in time")
     assert server.pending(Component.SHARE) == ("site-2", "site-3")
+
+
+def test_a_reply_that_was_never_asked_for(group):
+    server, requests = asked(group, Component.SHARE)
+    other = group.server(2)
+    other.build_advertise_requests()
+    reply = ShareReply.from_envelope(group.ask("site-0", requests["site-0"]))
+    unusable(FaultReason.NOT_ASKED, other.accept_share, "site-0", reply)
+    assert other.answered(Component.SHARE) == ()
+    server.accept_share("site-0", reply)
+
+
+def test_a_true_share_of_the_other_kind_is_not_taken(group):
+    """It is as its dealer committed to it, and would make an honest dealer look like a bad one."""
+    server = group.until(Component.UPLOAD)
+    group.exchange(server, server.build_upload_requests(WEIGHTS, WORK))
+    server.close_uploads()
+    request = server.build_unmask_requests()["site-0"]
+    key_share = bytes(group.sites["site-0"]._open.held["site-1"][1])
+    reply = UnmaskReply.from_envelope(group.ask("site-0", request))
+    shares = tuple(
+        replace(item, kind="key", value=key_share) if item.owner == "site-1" else item
+        for item in reply.shares
+    )
+    statement = RevealStatement(
+        session=server._session,
+        site_id="site-0",
+        terms=server._collections[Component.UPLOAD].terms,
+        survivors=server.survivors,
+        shares=tuple(item.value for item in shares),
+    )
+    lie = replace(reply, shares=shares, signature=statement.sign(group.identities["site-0"]))
+    unusable(FaultReason.WRONG_SHARES, server.accept_unmask, "site-0", lie)

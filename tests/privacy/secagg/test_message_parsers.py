@@ -83,7 +83,7 @@ def mutate(envelope, chance):
             for key in path[:-1]:
                 target = target[key]
             if kind == 2:
-                target[path[-1]] = chance.choice(STRANGE)
+                target[path[-1]] = copy.deepcopy(chance.choice(STRANGE))
             else:
                 del target[path[-1]]
     return Envelope(kind=envelope.kind, body=body, blobs=tuple(blobs))
