@@ -25,7 +25,11 @@ COMMITMENT = "site-key-commitment"
 
 @dataclass(frozen=True, kw_only=True)
 class ServeOptions:
-    """Where to listen and what to compute on. ``tls`` is (host:port, certificate, key, authority)."""
+    """Where to listen and what to compute on. ``tls`` is (host:port, certificate, key, authority).
+
+    ``gradients``, ``microbatch``, ``draws_per_pass`` and ``bfloat16`` are
+    :class:`privacy.dp.patient_gradients.Performance` by names that need no torch.
+    """
 
     socket_path: Path
     group: str | None = None
@@ -33,6 +37,10 @@ class ServeOptions:
     tls: tuple[str, Path, Path, Path] | None = None
     device: str = "cpu"
     threads: int | None = None
+    gradients: str = "engine"
+    microbatch: int | None = None
+    draws_per_pass: int | None = None
+    bfloat16: bool = False
 
 
 class ServingAgent:
@@ -86,7 +94,7 @@ def serve_study(
         _commit_to_site_key(home, study_id, ledger)
         from client.canaries import CanaryCoins, commit_to_canaries
         from client.mechanism_audit import audit_for_plan
-        from client.workbench import SiteWorkbench, set_threads
+        from client.workbench import SiteWorkbench, performance, set_threads
         from privacy.dp.second_accountant import check_planned_epsilon
 
         set_threads(options.threads)
@@ -102,7 +110,17 @@ def serve_study(
         store = SiteStore.open(home.store_path(study_id))
         commit_to_canaries(CanaryCoins.of_store(store, package.plan, site_id=home.site_id), ledger)
         workbench = SiteWorkbench(
-            home=home, package=package, secret=SecretRandom(), device=options.device, progress=progress
+            home=home,
+            package=package,
+            secret=SecretRandom(),
+            device=options.device,
+            progress=progress,
+            performance=performance(
+                options.gradients,
+                microbatch=options.microbatch,
+                draws_per_pass=options.draws_per_pass,
+                bfloat16=options.bfloat16,
+            ),
         )
         agent = SiteAgent(
             home=home,

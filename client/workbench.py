@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from privacy.audit.counts import CountsLayout
 from privacy.audit.membership import AttackNoise, attack_losses
 from privacy.dp.execution_plan import ExecutionPlan
 from privacy.dp.noise import audit_noise_share
+from privacy.dp.patient_gradients import Backend, Performance
 from privacy.dp.trainer import PatientTrainer
 from privacy.secret_random import SecretRandom
 from shared.canonical import canonical_json, parse_json
@@ -60,6 +62,7 @@ class SiteWorkbench:
         secret: Secret randomness of noise, coins and draws.
         device: Torch device.
         progress: Called as (stage, done, total).
+        performance: How gradients are computed.
 
     Raises:
         SiteError: no scans were imported, or none of them is a member's.
@@ -73,6 +76,7 @@ class SiteWorkbench:
         secret: SecretRandom,
         device: str = "cpu",
         progress: Progress | None = None,
+        performance: Performance | None = None,
     ) -> None:
         self._package = package
         self._plan = plan = package.plan
@@ -104,6 +108,7 @@ class SiteWorkbench:
             secret=secret,
             device=device,
             draw_timesteps=timesteps_from_uniform,
+            performance=performance,
         )
 
     def _load_patients(self, store: SiteStore) -> None:
@@ -218,3 +223,15 @@ def set_threads(count: int | None) -> None:
     """Limit torch to a number of CPU threads; None leaves its default."""
     if count is not None:
         torch.set_num_threads(count)
+
+
+def performance(
+    gradients: str, *, microbatch: int | None, draws_per_pass: int | None, bfloat16: bool
+) -> Performance:
+    """Performance settings by the names of the command line. Raises UsageError where one means nothing."""
+    return Performance(
+        backend=cast(Backend, gradients),
+        microbatch=microbatch,
+        draws_per_pass=draws_per_pass,
+        autocast=torch.bfloat16 if bfloat16 else None,
+    )

@@ -185,6 +185,16 @@ def audit_mechanism(
 @click.option("--client-authority", type=PathType, help="With --listen: who signs couriers' certificates.")
 @click.option("--device", default="cpu", show_default=True, help="Torch device.")
 @click.option("--threads", type=int, help="CPU threads for torch.")
+@click.option(
+    "--gradients",
+    type=click.Choice(["engine", "opacus", "functorch"]),
+    default="engine",
+    show_default=True,
+    help="Where per-patient gradients come from; the guarantee is the same.",
+)
+@click.option("--microbatch", type=click.IntRange(min=1), help="Patients in one forward pass.")
+@click.option("--draws-per-pass", type=click.IntRange(min=1), help="Draws of a patient in one forward pass.")
+@click.option("--bfloat16", is_flag=True, help="Compute in bfloat16 where torch's autocast would.")
 def serve(
     study: str | None,
     socket_path: Path | None,
@@ -197,6 +207,10 @@ def serve(
     client_authority: Path | None,
     device: str,
     threads: int | None,
+    gradients: str,
+    microbatch: int | None,
+    draws_per_pass: int | None,
+    bfloat16: bool,
 ) -> None:
     """Run the site agent for an approved study, until it is stopped. It needs no network."""
     from client.serving import ServeOptions, serve_study
@@ -216,6 +230,10 @@ def serve(
         tls=tls,
         device=device,
         threads=threads,
+        gradients=gradients,
+        microbatch=microbatch,
+        draws_per_pass=draws_per_pass,
+        bfloat16=bfloat16,
     )
     stopped = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
