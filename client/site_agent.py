@@ -187,7 +187,8 @@ class SiteAgent:
         except Exception as error:
             reason, words = _what_to_tell(error)
             log.warning("refused %s: %s (%s)", kind, reason, error, exc_info=_unexpected(error))
-            self._say("refused", reason=reason)
+            own = error.diagnostics() if isinstance(error, LedgerError | BudgetExceededError) else None
+            self._say("refused", reason=reason, **({} if own is None else {"error": own}))
             return refusal(reason, words)
 
     # requests

@@ -134,7 +134,8 @@ class Ledger:
         self._path, self._counter_path, self._key, self._clock = path, counter_path, key, clock
         self._connection, self._lock, self._entries = connection, lock, entries
         self._inode = path.stat().st_ino
-        self._usable = True
+        self._unusable: str | None = None
+        """Why nothing may be written or sent any more: the first failure, or that it was closed."""
         self.ledger_id = str(entries[0].body["ledger_id"])
 
     @classmethod
@@ -199,7 +200,7 @@ class Ledger:
     def close(self) -> None:
         """Release the files. Every entry is durable already."""
         if self._lock >= 0:
-            self._usable = False
+            self._fail("it was closed")
             self._connection.close()
             os.close(self._lock)
             self._lock = -1
@@ -390,7 +391,7 @@ class Ledger:
         try:
             rows = self._connection.execute("SELECT peer, head FROM peer_heads ORDER BY seen").fetchall()
         except sqlite3.Error as error:
-            self._usable = False
+            self._fail(str(error))
             raise LedgerError(f"ledger {self._path} cannot be read: {error}") from error
         return {peer: LedgerHead.from_dict(parse_json(head, what="stored head")) for peer, head in rows}
 
@@ -404,17 +405,21 @@ class Ledger:
         try:
             check_seen_head(self._entries, seen, ledger_id=self.ledger_id)
         except PeerError as error:
-            self._usable = False
+            self._fail(f"a peer has seen another state of it: {error.message}")
             raise LedgerError(
                 f"a peer has seen another state of this ledger: {error.message}",
                 remedy="restore the newest copy of the ledger; without it, retire this site's key and budget",
             ) from error
 
+    def _fail(self, cause: str) -> None:
+        """For good; the first cause is the one that is told."""
+        self._unusable = self._unusable or cause
+
     def _require_usable(self) -> None:
-        if not self._usable:
+        if self._unusable is not None:
             raise LedgerError(
-                f"ledger {self._path} is closed, or failed before: nothing may be sent",
-                remedy="repair the cause and start the site agent again",
+                f"ledger {self._path} is closed: nothing may be sent ({self._unusable})",
+                remedy="mend the cause and start the site agent again",
             )
 
     def _append(self, body: dict[str, Any]) -> LedgerHead:
@@ -442,9 +447,10 @@ class Ledger:
         try:
             self._write_witness()
         except OSError as error:
-            self._usable = False
+            self._fail(f"its witness cannot be written: {error.strerror}")
             raise LedgerError(
-                f"ledger witness {self._counter_path} cannot be written: {error.strerror}"
+                f"ledger witness {self._counter_path} cannot be written: {error.strerror}",
+                remedy="make room, or mend the rights of the folder, and start the site agent again",
             ) from error
         return self.head()
 
@@ -495,10 +501,10 @@ class _Transaction:
                 raise LedgerError(f"ledger {ledger._path} was replaced by another file while it was open")
             ledger._connection.execute("BEGIN IMMEDIATE")
         except (sqlite3.Error, OSError) as error:
-            ledger._usable = False
+            ledger._fail(str(error))
             raise LedgerError(f"ledger {ledger._path} cannot be written: {error}") from error
-        except LedgerError:
-            ledger._usable = False
+        except LedgerError as error:
+            ledger._fail(error.message)
             raise
 
     def __exit__(
@@ -511,7 +517,7 @@ class _Transaction:
                 return
         except sqlite3.Error as failure:
             error = failure
-        ledger._usable = False
+        ledger._fail(str(error))
         if ledger._connection.in_transaction:
             try:
                 ledger._connection.execute("ROLLBACK")

@@ -74,6 +74,7 @@ def main(order: dict[str, Any]) -> None:
         with full(order, small, trio.homes[0].ledger_path):
             answers = [*(trio.ask(0, *parts) if parts else []), keys(trio)]
         answers.append(keys(trio))
+        told = trio.status()["error"]
         charged, computed = len(trio.charges()), list(trio.benches[0].calls)
         trio.restart(0)
         trio.complete()
@@ -85,6 +86,7 @@ def main(order: dict[str, Any]) -> None:
             "computed": computed,
             "charged_while_full": charged,
             "charged_at_the_end": sum(entry.kind == CHARGE for entry in entries),
+            "told": told,
             "status": trio.status()["state"],
         }
         trio.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -62,6 +63,8 @@ def test_a_full_disk_sends_nothing_and_is_got_over(tmp_path: Path, asked: str, f
     seen = on_a_full_disk(tmp_path / "r", asked=asked, full=full, disk=disk)
     assert {tuple(answer) for answer in seen["answers"]} == {("refused", "ledger_unavailable")}
     assert seen["blobs"] == 0
+    assert re.search("disk is full|disk I/O error|No space left|File too large", seen["told"]), seen["told"]
+    assert "start the site agent again" in seen["told"]
     assert seen["computed"] == ["train"], "only the attempt before"
     overcharged = 1 if (asked, full) == ("upload", "witness") else 0
     assert seen["charged_while_full"] <= 1 + overcharged

@@ -348,7 +348,7 @@ def test_a_full_budget_is_refused_before_anybody_computes(
     assert reason(answers[0]) == "budget_exhausted"
     assert "0.01" not in answers[0].body["message"]
     assert any("its cap is 0.01" in record.getMessage() for record in caplog.records)
-    assert trio.status()["reason"] == "budget_exhausted"
+    assert trio.status()["reason"] == "budget_exhausted" and "its cap is 0.01" in trio.status()["error"]
     assert [bench.calls for bench in trio.benches] == [[], [], []]
     assert [trio.charges(i) for i in range(3)] == [[], [], []]
     assert trio.ledgers[0].last_registered_attempt(trio.plan.study_id) is None
