@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 NAMES = ("mask_expansion", "private_step", "known_break", "secagg_cost")
+LONG = ("modes_compared",)
+"""Only where it is named: an hour or more."""
 RESULTS = Path(__file__).parent / "results"
 
 
