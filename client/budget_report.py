@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from typing import Any, Literal
 
-from client.commitments import Commitment, open_commitments
+from client.reservations import Reservation, open_reservations
 from client.site_home import SiteHome
 from privacy.dp.accounting import EpsilonReport, epsilon
 from privacy.ledger import read_ledger
@@ -178,15 +178,15 @@ def site_budget(home: SiteHome, *, today: date | None = None, with_history: bool
     day = today or datetime.now(UTC).date()
     entries = read_ledger(home.ledger_path, key=home.identity().verify_key)
     charges = [entry for entry in entries if entry.kind == CHARGE]
-    commitments = {c.study_id: c for c in open_commitments(home, entries, today=day)}
+    reservations = {c.study_id: c for c in open_reservations(home, entries, today=day)}
     ids = sorted({str(entry.body["study_id"]) for entry in charges} | set(home.studies()))
     total = spent(entries, delta=policy.max_delta)
-    reserved = [event for commitment in commitments.values() for event in commitment.events]
+    reserved = [event for reservation in reservations.values() for event in reservation.events]
     whole = epsilon([*(entry.event for entry in charges), *reserved], policy.max_delta)
     return SiteBudget(
         site_id=home.site_id,
         studies=tuple(
-            _study(home, study_id, entries, commitments.get(study_id), policy.max_delta, day, with_history)
+            _study(home, study_id, entries, reservations.get(study_id), policy.max_delta, day, with_history)
             for study_id in ids
         ),
         total=total,
@@ -200,7 +200,7 @@ def _study(
     home: SiteHome,
     study_id: str,
     entries: Sequence[LedgerEntry],
-    commitment: Commitment | None,
+    reservation: Reservation | None,
     default_delta: float,
     day: date,
     with_history: bool,
@@ -220,7 +220,7 @@ def _study(
     delta = default_delta if privacy is None else privacy.delta
     charges = [e for e in entries if e.kind == CHARGE and e.body["study_id"] == study_id]
     world = spent(entries, delta=delta, study_id=study_id)
-    events = [*(entry.event for entry in charges), *(commitment.events if commitment is not None else ())]
+    events = [*(entry.event for entry in charges), *(reservation.events if reservation is not None else ())]
     planned = None if privacy is None else privacy.epsilon
     return StudyBudget(
         study_id=study_id,

@@ -10,8 +10,8 @@ from pathlib import Path
 from types import TracebackType
 
 from client.agent_service import AgentServer, MutualTls
-from client.commitments import check_room
 from client.patient_dataset import SiteStore
+from client.reservations import check_room
 from client.site_agent import MECHANISM_FILE, SiteAgent, log_to
 from client.site_home import SiteHome
 from privacy.dp.execution_plan import check_plan

@@ -88,7 +88,7 @@ def approve(plan_root: Path, out: Path | None) -> None:
 
     The plan's whole epsilon is reserved in the site's budget from then on.
     """
-    from client.commitments import check_room_at
+    from client.reservations import check_room_at
     from privacy.compliance.approvals import approve_plan
     from privacy.dp.execution_plan import check_plan
 

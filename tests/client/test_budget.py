@@ -19,7 +19,7 @@ from small_plan import Keys, small_plan
 from client import workbench
 from client.budget_picture import budget_picture
 from client.budget_report import MAX_HISTORY, site_budget
-from client.commitments import Commitment, check_room, open_commitments
+from client.reservations import Reservation, check_room, open_reservations
 from client.serving import ServeOptions, open_ledger, serve_study
 from client.site_home import SiteHome, init_site
 from client.site_policy import SitePolicy, save_policy
@@ -293,7 +293,7 @@ def test_whatever_is_approved_can_be_charged_in_full_and_never_passes_the_cap(
     ended: set[str] = set()
     with Ledger.open(root / "l", key=SigningKey.generate(), counter_path=root / "w", create=True) as ledger:
         for action, study in steps:
-            open_plans = [Commitment.of(plans[other], ledger.entries()) for other in approved - ended]
+            open_plans = [Reservation.of(plans[other], ledger.entries()) for other in approved - ended]
             if action == "approve":
                 try:
                     check_room(plans[study], policy=policy, entries=ledger.entries(), others=open_plans)
@@ -321,5 +321,5 @@ def test_a_plan_that_does_not_open_holds_nothing_back(hospital: Hospital, run: A
     run("site", "approve", str(hospital.package("one").root))
     (hospital.home.study("one") / "plan" / "plan.json").write_bytes(b"x")
     with open_ledger(hospital.home) as ledger:
-        assert open_commitments(hospital.home, ledger.entries()) == []
+        assert open_reservations(hospital.home, ledger.entries()) == []
     assert site_budget(hospital.home).studies[0].state == "no plan"

@@ -23,14 +23,14 @@ from shared.study_plan import StudyPlan
 
 
 @dataclass(frozen=True, kw_only=True)
-class Commitment:
+class Reservation:
     """The attempts of one approved plan that the ledger does not hold yet. All of it is public."""
 
     study_id: str
     events: tuple[PrivacyEvent, ...]
 
     @classmethod
-    def of(cls, plan: StudyPlan, entries: Iterable[LedgerEntry]) -> Commitment:
+    def of(cls, plan: StudyPlan, entries: Iterable[LedgerEntry]) -> Reservation:
         """What is left of a plan after the charges among ``entries``.
 
         Raises:
@@ -48,25 +48,25 @@ class Commitment:
         return cls(study_id=plan.study_id, events=tuple(events))
 
 
-def open_commitments(
+def open_reservations(
     home: SiteHome, entries: Sequence[LedgerEntry], *, today: date | None = None
-) -> list[Commitment]:
+) -> list[Reservation]:
     """What the approved plans of a site may still charge, in the order of their ids.
 
     A plan that does not open is left out: no agent serves it either.
     """
     ended = ended_studies(entries)
-    commitments = []
+    reservations = []
     for study_id in home.studies():
         if study_id in ended:
             continue
         try:
             plan = home.approved_plan(study_id).plan
             if not plan.expired(today or datetime.now(UTC).date()):
-                commitments.append(Commitment.of(plan, entries))
+                reservations.append(Reservation.of(plan, entries))
         except LacunaError:
             continue
-    return commitments
+    return reservations
 
 
 def check_room(
@@ -74,7 +74,7 @@ def check_room(
     *,
     policy: SitePolicy,
     entries: Sequence[LedgerEntry],
-    others: Iterable[Commitment] = (),
+    others: Iterable[Reservation] = (),
 ) -> None:
     """Refuse a plan that could bring the site past its cap, before anything is computed for it.
 
@@ -96,7 +96,7 @@ def check_room(
     others = [other for other in others if other.study_id != plan.study_id and other.events]
     spent = [entry.event for entry in entries if entry.kind == CHARGE]
     reserved = [event for other in others for event in other.events]
-    own = Commitment.of(plan, entries)
+    own = Reservation.of(plan, entries)
     cap, delta = policy.max_total_epsilon, policy.max_delta
     whole = epsilon([*spent, *reserved, *own.events], delta).reported
     if whole <= cap:
@@ -119,4 +119,4 @@ def check_room_at(home: SiteHome, plan: StudyPlan) -> None:
         LedgerError: the ledger cannot be read or does not verify.
     """
     entries = read_ledger(home.ledger_path, key=home.identity().verify_key)
-    check_room(plan, policy=home.policy(), entries=entries, others=open_commitments(home, entries))
+    check_room(plan, policy=home.policy(), entries=entries, others=open_reservations(home, entries))
