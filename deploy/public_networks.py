@@ -86,6 +86,8 @@ def train_on(
     embedding_steps: int | None,
     copy_samples: int = 500,
     seed: int,
+    image_autoencoder: Path | None = None,
+    image_denoiser: Path | None = None,
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> None:
@@ -113,6 +115,8 @@ def train_on(
         labels=labels,
         covariates=covariates,
         out_dir=folder,
+        image_autoencoder=image_autoencoder,
+        image_denoiser=image_denoiser,
         recipe=recipe,
         data_description=f"{len(volumes)} public scans of {len(patients)} patients",
         device=device,

@@ -26,12 +26,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shared.checkpoint import file_sha256
+from shared.checkpoint import file_sha256, load_tensors
 from shared.errors import CoordinatorError
 from shared.model.autoencoder import LatentAutoencoder, build_autoencoder
 from shared.model.conditioning import ConditionTable
 from shared.model.copy_embedding import Disguise, build_copy_embedding
 from shared.model.denoiser import build_denoiser
+from shared.model.maisi import fix_image_scale, load_image_autoencoder, load_image_denoiser
 from shared.model.presets import ModelPreset, preset_named
 from shared.model.shipped import (
     AUTOENCODER_FILE,
@@ -154,6 +155,8 @@ def pretrain(
     recipe: PretrainingRecipe,
     data_description: str,
     spacing_mm: Spacing3 | None = None,
+    image_autoencoder: Path | None = None,
+    image_denoiser: Path | None = None,
     progress: Progress | None = None,
     resume: bool = True,
     device: str = "cpu",
@@ -169,6 +172,8 @@ def pretrain(
             a resumable state under ``state/``.
         recipe: Schedules, losses, augmentation, public seeds.
         spacing_mm: Voxel size of the volumes; None is the preset's.
+        image_autoencoder, image_denoiser: Public MAISI weights to start from (:mod:`shared.model.maisi`); the
+            image's autoencoder then stays as it is.
         data_description: One line for the recipe: where the public volumes come from.
         resume: Continue a state of the same recipe in ``out_dir``; otherwise begin anew.
         device: Torch device to train on.
@@ -194,6 +199,9 @@ def pretrain(
             path.unlink(missing_ok=True)
 
     autoencoder = build_autoencoder(preset, n_labels=len(labels), seed=recipe.autoencoder.seed).to(device)
+    public_denoiser = None if image_denoiser is None else load_tensors(image_denoiser)[0]
+    if image_autoencoder is not None:
+        load_image_autoencoder(autoencoder, load_tensors(image_autoencoder)[0], what=str(image_autoencoder))
     train_autoencoder(
         autoencoder,
         image_N1DHW[~held_out_N],
@@ -201,9 +209,12 @@ def pretrain(
         schedule=recipe.autoencoder,
         weights=recipe.loss_weights,
         augmentation=recipe.autoencoder_augmentation,
+        image_is_public=image_autoencoder is not None,
         progress=progress,
         state_path=states["autoencoder"],
     )
+    if public_denoiser is not None:
+        fix_image_scale(autoencoder, public_denoiser, what=str(image_denoiser))
     header = {"preset": preset.name, "labels": json.dumps(list(labels))}
     autoencoder_path = out_dir / AUTOENCODER_FILE
     save_weights(autoencoder, autoencoder_path, {**header, "network": "autoencoder"}, half=True)
@@ -216,6 +227,10 @@ def pretrain(
     denoiser = build_denoiser(
         preset, n_conditions=len(table), covariate_sizes=table.covariate_sizes, seed=recipe.prior.seed
     ).to(device)
+    if public_denoiser is not None:
+        load_image_denoiser(
+            denoiser, public_denoiser, spacing_mm=spacing_mm or preset.spacing_mm, what=str(image_denoiser)
+        )
     history = train_denoiser(
         denoiser,
         z_MCDHW,
@@ -285,6 +300,10 @@ def pretrain(
             name: file_sha256(out_dir / name) for name in (AUTOENCODER_FILE, PRIOR_FILE, COPY_EMBEDDING_FILE)
         },
     }
+    if image_autoencoder is not None or image_denoiser is not None:
+        document["public_weights_sha256"] = {
+            path.name: file_sha256(path) for path in (image_autoencoder, image_denoiser) if path is not None
+        }
     if covariates:
         document["covariates"] = [covariate.model_dump(mode="json") for covariate in covariates]
         document["covariates_never_seen"] = [

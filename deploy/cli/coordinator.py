@@ -85,6 +85,8 @@ def enrol(request: Path, study_id: str, fingerprint: str, out: Path | None) -> N
     multiple=True,
     help="Further public property, NAME=VALUE,VALUE,... (numbers are edges of bins); a column of --nifti.",
 )
+@click.option("--image-autoencoder", type=PathType, help="Public MAISI weights (safetensors); preset h200.")
+@click.option("--image-denoiser", type=PathType, help="Public MAISI weights (safetensors); preset h200.")
 @click.option("--autoencoder-steps", type=int, help="Default: by preset.")
 @click.option("--prior-steps", type=int, help="Default: by preset.")
 @click.option("--embedding-steps", type=int, help="Of the copy check's embedding. Default: by preset.")
@@ -109,6 +111,8 @@ def pretrain(
     conditions: str | None,
     labels: str | None,
     covariates: tuple[str, ...],
+    image_autoencoder: Path | None,
+    image_denoiser: Path | None,
     autoencoder_steps: int | None,
     prior_steps: int | None,
     embedding_steps: int | None,
@@ -142,6 +146,8 @@ def pretrain(
                 conditions=tuple(conditions.split(",")),
                 labels=tuple(labels.split(",")),
                 covariates=tuple(parse_covariate(text) for text in covariates),
+                image_autoencoder=image_autoencoder,
+                image_denoiser=image_denoiser,
                 autoencoder_steps=autoencoder_steps,
                 prior_steps=prior_steps,
                 embedding_steps=embedding_steps,

@@ -12,6 +12,7 @@ Shape suffixes: B batch, C latent channels, K labels with background, D H W voxe
 from __future__ import annotations
 
 import torch
+from monai.apps.generation.maisi.networks.autoencoderkl_maisi import AutoencoderKlMaisi
 from monai.networks.nets import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -44,11 +45,15 @@ class LatentAutoencoder(nn.Module):
         self.preset = preset
         self.n_labels = n_labels
         shared = preset.mask_latent_channels == 0
-        self.network = _network(
-            preset,
-            in_channels=(2 + n_labels if shared else 1) * preset.space_to_depth**3,
-            channels=preset.autoencoder_channels,
-            latent_channels=preset.latent_channels - preset.mask_latent_channels,
+        self.network = (
+            _network(
+                preset,
+                in_channels=(2 + n_labels) * preset.space_to_depth**3,
+                channels=preset.autoencoder_channels,
+                latent_channels=preset.latent_channels,
+            )
+            if shared
+            else _image_network(preset)
         )
         if not shared:
             self.mask_network = _network(
@@ -59,6 +64,14 @@ class LatentAutoencoder(nn.Module):
             )
         self.register_buffer("latent_mean_C", torch.zeros(preset.latent_channels))
         self.register_buffer("latent_std_C", torch.ones(preset.latent_channels))
+
+    def trained_network(self, *, image_is_public: bool = False) -> nn.Module:
+        """What pretraining trains: everything, or the mask's network alone beside public image weights."""
+        network: nn.Module = self.network
+        if self.preset.mask_latent_channels == 0:
+            return network
+        mask_network: nn.Module = self.mask_network
+        return mask_network if image_is_public else nn.ModuleList([network, mask_network])
 
     def encode(self, image_B1DHW: Tensor, mask_BDHW: Tensor) -> Tensor:
         """Latents z_BCDHW: the posterior's mean (no randomness), normalised by the public statistics.
@@ -140,6 +153,24 @@ def _network(
     nn.init.zeros_(network.quant_conv_log_sigma.conv.weight)
     nn.init.constant_(network.quant_conv_log_sigma.conv.bias, INITIAL_LOG_VARIANCE)
     return network
+
+
+def _image_network(preset: ModelPreset) -> AutoencoderKlMaisi:
+    """MAISI's autoencoder: one channel at full resolution, upsampling by interpolation."""
+    levels = len(preset.autoencoder_channels)
+    return AutoencoderKlMaisi(
+        spatial_dims=3,
+        in_channels=preset.space_to_depth**3,
+        out_channels=preset.space_to_depth**3,
+        num_res_blocks=(preset.autoencoder_res_blocks,) * levels,
+        num_channels=preset.autoencoder_channels,
+        attention_levels=(False,) * levels,
+        latent_channels=preset.latent_channels - preset.mask_latent_channels,
+        norm_num_groups=preset.norm_groups,
+        num_splits=1,
+        dim_split=1,
+        save_mem=False,
+    )
 
 
 def space_to_depth(x_BCDHW: Tensor, edge: int) -> Tensor:

@@ -171,6 +171,7 @@ def train_autoencoder(
     schedule: TrainingSchedule,
     weights: AutoencoderLossWeights,
     augmentation: Augmentation,
+    image_is_public: bool = False,
     progress: Progress | None = None,
     state_path: Path | None = None,
 ) -> None:
@@ -179,9 +180,11 @@ def train_autoencoder(
     Args:
         image_N1DHW: Public volumes in [0, 1].
         mask_NDHW: Their labels.
+        image_is_public: The image's network has public weights and stays; the mask's own network trains.
         state_path: Where a resumable state is kept; a state of the same schedule is continued.
     """
     latent_shape = autoencoder.preset.latent_shape(_grid(image_N1DHW))
+    network = autoencoder.trained_network(image_is_public=image_is_public)
 
     def step_loss(generator: torch.Generator) -> Tensor:
         rows = torch.randint(image_N1DHW.shape[0], (schedule.batch_size,), generator=generator)
@@ -190,7 +193,7 @@ def train_autoencoder(
         device = _device(autoencoder)
         return reconstruction_loss(autoencoder, image.to(device), mask.to(device), weights, noise.to(device))
 
-    _train("autoencoder", autoencoder.network, step_loss, schedule, progress, state_path)
+    _train("autoencoder", network, step_loss, schedule, progress, state_path)
     set_latent_statistics(autoencoder, image_N1DHW, mask_NDHW)
 
 
