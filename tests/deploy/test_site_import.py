@@ -15,6 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 from dicom_series import Series, write_segmentation
 from headless_chromium import find_chromium
+from orthanc_server import running_orthanc
 from PIL import Image
 from small_package import write_small_package
 
@@ -87,6 +88,29 @@ def test_the_page_shows_every_scan_and_nothing_from_outside(hospital: Path, tmp_
         assert (pixels == ORANGE).all(axis=2).sum() > 300  # the outline of label 1 in three planes
     dom = find_chromium(tmp_path / "profile").dom(page)
     assert dom.count("<img") == 2 and "missing slices (1 between" in dom
+
+
+def test_both_routes_from_an_archive_end_in_the_same_report_and_an_empty_inbox(
+    hospital: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    (tmp_path / "orthanc").mkdir()
+    reports = []
+    with running_orthanc(tmp_path / "orthanc") as server:
+        assert server.store(sorted(hospital.rglob("*.dcm"))) == []
+        for source in (("--dicomweb", server.dicomweb), ("--pacs", server.dimse)):
+            told = CliRunner().invoke(
+                cli,
+                ["site", "import", "--plan", str(tmp_path / "plan"), *source, "--json",
+                 "--manifest", str(hospital / "manifest.csv"), "--modality", "MR", "--body-part", "brain"],
+            )  # fmt: skip
+            assert told.exit_code == 0, told.output
+            reports.append(json.loads(told.output[told.output.index("{") :]))
+            assert not (SiteHome.default().study("small") / "inbox").exists()
+    first, second = reports
+    assert len(first["imported"]) == 2 and second["present"] == first["imported"]
+    assert [entry["kind"] for entry in first["refused"]] == ["missing_slices"]
+    assert second["refused"] == first["refused"] and second["imported"] == []
 
 
 def test_nothing_usable_is_the_sites_to_mend(hospital: Path, tmp_path: Path) -> None:
