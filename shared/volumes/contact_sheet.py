@@ -138,15 +138,19 @@ def comparison_sheet(
 
 
 def mask_centre(mask_DHW: MaskVolume, value: int | None = None) -> tuple[int, int, int]:
-    """Voxel nearest to the centre of mass of one label, or of all where it is None or absent.
+    """Labelled voxel nearest to the centre of mass of one label, or of all where it is None or absent.
 
-    The grid's centre for an empty mask.
+    So the slices cut through the label also where it bends around its centre. The grid's centre for an
+    empty mask.
     """
-    occupied = np.argwhere(mask_DHW == value)
-    if value is None or not len(occupied):
-        occupied = np.argwhere(mask_DHW > 0)
+    chosen = mask_DHW == value if value is not None else mask_DHW > 0
+    if not chosen.any():
+        chosen = mask_DHW > 0
+    occupied = np.argwhere(chosen)
     centre = occupied.mean(axis=0) if len(occupied) else (np.array(mask_DHW.shape) - 1) / 2
     d, h, w = np.rint(centre).astype(int)
+    if len(occupied) and not chosen[d, h, w]:
+        d, h, w = occupied[np.square(occupied - centre).sum(axis=1).argmin()]
     return int(d), int(h), int(w)
 
 

@@ -80,6 +80,8 @@ def test_slices_go_through_the_centre() -> None:
     assert mask_centre(mask, 2) == (8, 9, 6)
     assert mask_centre(mask, 3) == mask_centre(mask)
     assert mask_centre(0 * mask) == (8, 10, 6)
+    ring = np.pad(np.zeros((8, 8, 4), np.uint8), ((3, 3), (3, 3), (3, 3)), constant_values=1)
+    assert ring[mask_centre(ring)] == 1, "slices through a hollow structure miss it"
 
 
 def test_pictures_of_nothing_are_refused(tmp_path: Path) -> None:
