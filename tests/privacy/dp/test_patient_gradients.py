@@ -133,6 +133,20 @@ def test_norm_is_bounded_and_unclipped_patients_stay_whole() -> None:
     assert relative(gentle.clipped_sum(patients, networks.FixedSecret()), expected) < 1e-4
 
 
+@pytest.mark.parametrize("microbatch", [1, 2])
+def test_mean_gradient_is_the_unclipped_mean(microbatch: int) -> None:
+    """Mode ``unprotected``: over patients, and over each patient's draws."""
+    network = networks.small_denoiser(torch.float64)
+    params, patients = networks.parameters(network), networks.cohort((1, 2, 5))
+    gradients = PatientGradients(
+        network, params, networks.loss, clip=CLIP, draws_per_patient=4,
+        performance=Performance(microbatch=microbatch),
+    )  # fmt: skip
+    found = gradients.mean_gradient(patients, networks.FixedSecret())
+    expected = reference(network, params, patients, networks.FixedSecret(), draws=4, clip=1e9) / 3
+    assert relative(found, expected) < 1e-10
+
+
 def test_empty_batch_is_zero() -> None:
     network = networks.small_denoiser()
     gradients = PatientGradients(
