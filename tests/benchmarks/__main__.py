@@ -9,7 +9,15 @@ import importlib
 import sys
 from pathlib import Path
 
-NAMES = ("mask_expansion", "private_step", "known_break", "secagg_cost")
+NAMES = (
+    "mask_expansion",
+    "private_step",
+    "known_break",
+    "secagg_cost",
+    "leaks",
+    "null_runs",
+    "copies",
+)
 LONG = ("modes_compared",)
 """Only where it is named: an hour or more."""
 RESULTS = Path(__file__).parent / "results"
