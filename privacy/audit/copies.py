@@ -149,7 +149,7 @@ def calibrate_copy_distance(
     space: CopySpace,
     public_patients: Sequence[ScansOfPatient],
     *,
-    false_copy_rate: float = 0.01,
+    false_copy_rate: float = 0.02,
     unrelated_NCDHW: Tensor | None = None,
     device: str | torch.device = "cpu",
     progress: Progress | None = None,

@@ -30,7 +30,7 @@ from shared.model.weights import load_weights
 from shared.volumes import phantom
 from tests.planted_copies import KINDS, Volumes
 
-MEMBERS = 600
+MEMBERS = 400
 MEMBERS_SEED = 30_003
 CALIBRATION = (400, 20_002)
 """Public patients and their seed."""

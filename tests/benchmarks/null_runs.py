@@ -31,9 +31,10 @@ def run() -> str:
     for name, members in studies.items():
         for setting, arguments in SETTINGS.items():
             outcomes, level = null_outcomes(by_study[name], members=members, runs=RUNS, **arguments)
-            found = sum(count for outcome, count in outcomes.items() if outcome != "no_violation_found")
+            blind = outcomes["too blind"]
+            found = RUNS - blind - outcomes["pass"]
             total, blocks = total + RUNS, blocks + found
-            lines.append(f"{members} members, {setting:11} counts: {_words(found, RUNS)} {dict(outcomes)}")
+            lines.append(f"{members} members, {setting:11} counts: {_words(found, RUNS)}; too blind: {blind}")
     lines.append(f"all: {_words(blocks, total)}")
     lines.append(f"stated level of one audit, all tests together: {level:.4f}")
     return "\n".join(lines)
@@ -42,7 +43,11 @@ def run() -> str:
 def null_outcomes(
     repetitions: list[Repetition], *, members: int, runs: int, noised: bool, max_auc: float = 0.6
 ) -> tuple[Counter[str], float]:
-    """Outcomes of ``runs`` relabelings, the repetitions and their later steps in turn; and the level."""
+    """Outcomes of ``runs`` relabelings, the repetitions and their later steps in turn; and the level.
+
+    An outcome is ``pass``, ``too blind`` (nothing but the power is short: not an error of a test), or the
+    conditions that a test found broken, which are all false.
+    """
     outcomes: Counter[str] = Counter()
     level = 0.0
     for index in range(runs):
@@ -57,7 +62,8 @@ def null_outcomes(
         gate = Gate.of(repetition, noised=noised, max_auc=max_auc)
         level = gate.plan.audit.significance / gate.plan.privacy.max_audit_attempts
         verdict = gate.judge((scores[first], losses[first]), (scores[rest], losses[rest]), generator)
-        outcomes[verdict.outcome] += 1
+        broken = [c.name for c in verdict.conditions if c.status != "pass"]
+        outcomes["too blind" if broken == ["power"] else ", ".join(broken) or "pass"] += 1
     return outcomes, level
 
 

@@ -71,7 +71,7 @@ def test_relabelings_are_blocked_rarely_and_a_real_label_always(scores: Path) ->
     for noised in (False, True):
         outcomes, level = null_outcomes(repetitions, members=100, noised=noised, runs=40)
         assert level == 0.025
-        assert outcomes.total() == 40 and outcomes["no_violation_found"] > 28
+        assert outcomes.total() == 40 and outcomes["pass"] + outcomes["too blind"] > 28
     one = repetitions[0]
     members, others = one.at("calibrated_loss", 100)
     verdict = Gate.of(one, noised=False).judge(
