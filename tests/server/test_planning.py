@@ -14,6 +14,7 @@ from small_plan import Keys, plan_document
 from privacy.dp.execution_plan import check_plan
 from server.comparison import Comparison, _paired_interval, compare_with_prior
 from server.planning import PlanChoices, draft_plan
+from shared.checkpoint import file_sha256
 from shared.errors import CoordinatorError, LacunaError, UsageError
 from shared.model.candidate import load_prior, write_candidate
 from shared.model.denoiser import flatten
@@ -59,6 +60,13 @@ def test_the_default_plan_keeps_its_promise(public: Path) -> None:
     assert plan.data.conditions == ("common", "rare")
     assert plan.release.officer_approval
     assert plan.audit.max_auc < 1
+    assert plan.audit.copy_samples == 500
+    assert plan.audit.copy_embedding_sha256 == file_sha256(public / "copy_embedding.safetensors")
+
+
+def test_more_samples_than_the_copy_distance_is_calibrated_for_are_refused(public: Path) -> None:
+    with pytest.raises(UsageError, match="calibrated for 500 samples"):
+        draft(public, copy_samples=501)
 
 
 def test_a_smaller_epsilon_means_more_noise(public: Path) -> None:
