@@ -10,7 +10,7 @@ export FLWR_TELEMETRY_ENABLED = 0
 export FLWR_DISABLE_UPDATE_CHECK = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help install demo test test-all check format bench clean
+.PHONY: help install demo test test-all check format bench bench-utility clean
 
 help:
 	@echo "make demo      a whole three-hospital study on this machine, from plan to synthetic scans"
@@ -18,6 +18,7 @@ help:
 	@echo "make test-all  the same with the slow suites"
 	@echo "make check     format, lint, types and import contracts alone"
 	@echo "make bench     benchmarks; tables go to tests/benchmarks/"
+	@echo "make bench-utility  what synthetic scans are worth at each epsilon (many hours on two cores; goes on where it stopped)"
 	@echo "make clean     remove the virtual environment and caches"
 
 install: $(STAMP)
@@ -57,6 +58,10 @@ format: $(STAMP)
 bench: $(STAMP)
 	@echo "== benchmarks; each prints a table of ratios measured in this run"
 	$(BIN)/python -m tests.benchmarks
+
+bench-utility: $(STAMP)
+	@echo "== utility benchmark; figures in tests/benchmarks/results/utility, tables and curves in tests/benchmarks/utility"
+	$(BIN)/python -m tests.benchmarks.utility --at-once 2
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -2,7 +2,7 @@
 
 Nothing here is private, and nothing here may see a member's scan. All loops are functions of a public seed
 and of their step: a run that was killed and resumed gives the weights of one that was not. They train on the
-network's device; volumes stay on the CPU, where each batch is drawn and augmented.
+network's device; what is random is drawn on the CPU, the same for every device.
 """
 
 from __future__ import annotations
@@ -113,6 +113,7 @@ def augment(
     scale_B3 = (sign_B3 / zoom_B3).flip(1)
     offset_B3 = (centre_B3 * (1.0 - 1.0 / zoom_B3) + shift_B3).flip(1)
     theta_B34 = torch.cat([torch.diag_embed(scale_B3), offset_B3[:, :, None]], dim=2)
+    theta_B34, gain_B = theta_B34.to(image_B1DHW.device), gain_B.to(image_B1DHW.device)
     grid = F.affine_grid(theta_B34, list(image_B1DHW.shape), align_corners=False)
     image = F.grid_sample(image_B1DHW, grid, mode="bilinear", padding_mode="border", align_corners=False)
     mask = F.grid_sample(
@@ -185,13 +186,14 @@ def train_autoencoder(
     """
     latent_shape = autoencoder.preset.latent_shape(_grid(image_N1DHW))
     network = autoencoder.trained_network(image_is_public=image_is_public)
+    device = _device(autoencoder)
 
     def step_loss(generator: torch.Generator) -> Tensor:
         rows = torch.randint(image_N1DHW.shape[0], (schedule.batch_size,), generator=generator)
-        image, mask = augment(image_N1DHW[rows], mask_NDHW[rows], augmentation, generator)
+        image, mask = image_N1DHW[rows].to(device), mask_NDHW[rows].to(device)
+        image, mask = augment(image, mask, augmentation, generator)
         noise = torch.randn((schedule.batch_size, *latent_shape), generator=generator)
-        device = _device(autoencoder)
-        return reconstruction_loss(autoencoder, image.to(device), mask.to(device), weights, noise.to(device))
+        return reconstruction_loss(autoencoder, image, mask, weights, noise.to(device))
 
     _train("autoencoder", network, step_loss, schedule, progress, state_path)
     set_latent_statistics(autoencoder, image_N1DHW, mask_NDHW)

@@ -1,0 +1,157 @@
+"""The two sets of real scans of the benchmark, split by role: public, members of three hospitals, test.
+
+Hippocampus MR (Medical Segmentation Decathlon, task 4): the unit is the patient; nobody has two roles.
+Adrenal gland shapes (AdrenalMNIST3D, MedMNIST v2): the files carry no patient ids, so the unit is the gland.
+"""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from client.ingest.decathlon import (
+    VOLUME_CONDITIONS,
+    DecathlonFolder,
+    patient_ids,
+    public_mask_paths,
+    split_patients,
+    volume_condition_cut,
+)
+from client.ingest.nifti import NiftiFolder
+from client.ingest.phantoms import write_phantom_folder
+from client.ingest.scan import ScanSource
+from deploy.public_networks import PublicSource, read_public
+from server.pretrain import PublicVolume
+from shared.model.presets import Shape3, preset_named
+from shared.volumes.canonical_grid import CanonicalGrid
+from shared.volumes.phantom import PhantomScan
+
+HOSPITAL_SHARES = (0.56, 0.31, 0.13)
+"""One large, one middling, one small hospital."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cohort:
+    """Scans by role, on the canonical grid, and what a plan says of them.
+
+    Attributes:
+        task: ``segmentation`` (mean Dice over labels) or ``classification`` (AUC of the rare condition).
+        public: For autoencoder and prior; never members.
+        hospitals: Members of each hospital.
+        test: Never seen by any network but in evaluation.
+        source: What hospital i imports.
+    """
+
+    name: str
+    task: str
+    preset: str
+    conditions: tuple[str, ...]
+    rare: str
+    labels: tuple[str, ...]
+    grid_shape: Shape3
+    spacing_mm: tuple[float, float, float]
+    public: list[PublicVolume]
+    hospitals: list[list[PublicVolume]]
+    test: list[PublicVolume]
+    source: Callable[[int, Path], ScanSource]
+
+    @property
+    def members(self) -> list[PublicVolume]:
+        return [volume for hospital in self.hospitals for volume in hospital]
+
+    @property
+    def n_members(self) -> int:
+        """Patients (glands) of all hospitals."""
+        return len({volume.patient_id for volume in self.members})
+
+
+def cohort_named(name: str, data: Path) -> Cohort:
+    """``hippocampus`` or ``adrenal``."""
+    return {"hippocampus": _hippocampus, "adrenal": _adrenal}[name](data)
+
+
+def deal(patients: list[str], shares: tuple[float, ...] = HOSPITAL_SHARES) -> list[list[str]]:
+    """Consecutive pieces of a list by share, the last one takes the rest."""
+    bounds = [round(sum(shares[:i]) * len(patients)) for i in range(len(shares))] + [len(patients)]
+    return [patients[a:b] for a, b in itertools.pairwise(bounds)]
+
+
+def _hippocampus(data: Path) -> Cohort:
+    task = data / "Task04_Hippocampus"
+    table = task / "patients.csv"
+    public, (rest,) = split_patients(patient_ids(table), public=30, sites=1, seed=1)
+    test, (members,) = split_patients(rest, public=20, sites=1, seed=2)
+    dealt = deal(split_patients(members, public=0, sites=1, seed=3)[1][0])
+    cut = volume_condition_cut(public_mask_paths(task, table, public))
+    preset = preset_named("tiny")
+    grid = CanonicalGrid(shape=preset.grid_shape, spacing_mm=preset.spacing_mm)
+    labels = ("anterior", "posterior")
+
+    def volumes(patients: list[str]) -> list[PublicVolume]:
+        with tempfile.NamedTemporaryFile("w", suffix=".txt") as listing:
+            listing.write("\n".join(patients))
+            listing.flush()
+            source = PublicSource(
+                nifti=None, decathlon=task, patients=table, only=Path(listing.name), volume_cut_mm3=cut
+            )
+            return read_public(source, grid, conditions=VOLUME_CONDITIONS, labels=labels)
+
+    return Cohort(
+        name="hippocampus", task="segmentation", preset="tiny", conditions=VOLUME_CONDITIONS,
+        rare=VOLUME_CONDITIONS[0], labels=labels, grid_shape=preset.grid_shape,
+        spacing_mm=preset.spacing_mm, public=volumes(public),
+        hospitals=[volumes(patients) for patients in dealt], test=volumes(test),
+        source=lambda site, _: DecathlonFolder(
+            path=task, patients_csv=table, patient_ids=frozenset(dealt[site]), volume_cut_mm3=cut
+        ),
+    )  # fmt: skip
+
+
+def _adrenal(data: Path, *, public: int = 240, members: int = 300) -> Cohort:
+    with np.load(data / "AdrenalMNIST3D" / "adrenalmnist3d.npz") as file:
+        parts = {name: file[name] for name in file.files}
+    train = _glands(parts["train_images"], parts["train_labels"], "train")
+    order = np.random.Generator(np.random.Philox(11)).permutation(len(train))
+    normal = [train[i] for i in order if train[i].condition == "normal"][:public]
+    taken = {volume.patient_id for volume in normal}
+    chosen = [train[i] for i in order if train[i].patient_id not in taken][:members]
+    by_id = {volume.patient_id: volume for volume in chosen}
+    dealt = deal(list(by_id))
+    hospitals = [[by_id[gland] for gland in glands] for glands in dealt]
+    spacing = (1.0, 1.0, 1.0)
+
+    def source(site: int, folder: Path) -> ScanSource:
+        scans = [
+            PhantomScan(
+                patient_id=volume.patient_id, scan_id=volume.patient_id, condition=volume.condition,
+                image=volume.image, mask=volume.mask,
+            )
+            for volume in hospitals[site]
+        ]  # fmt: skip
+        write_phantom_folder(scans, folder, spacing_mm=spacing)
+        return NiftiFolder(path=folder)
+
+    return Cohort(
+        name="adrenal", task="classification", preset="micro", conditions=("normal", "hyperplasia"),
+        rare="hyperplasia", labels=("gland",), grid_shape=(32, 32, 32), spacing_mm=spacing, public=normal,
+        hospitals=hospitals, test=_glands(parts["test_images"], parts["test_labels"], "test"),
+        source=source,
+    )  # fmt: skip
+
+
+def _glands(images: np.ndarray, labels: np.ndarray, split: str) -> list[PublicVolume]:
+    """28^3 shapes in the middle of 32^3; image and mask are the same shape."""
+    return [
+        PublicVolume(
+            patient_id=f"{split}-{row:04d}",
+            condition="hyperplasia" if label else "normal",
+            image=(shape := np.pad((image > 127).astype(np.uint8), 2)).astype(np.float32),
+            mask=shape,
+        )
+        for row, (image, label) in enumerate(zip(images, labels.ravel(), strict=True))
+    ]
