@@ -128,7 +128,7 @@ def test_message_readers_raise_only_the_projects_error(envelope: Envelope, kind:
 
 
 FIELDS = {
-    "hello": {"nonce": "0" * 64, "plan_sha256": "1" * 64, "run_id": "7"},
+    "hello": {"nonce": "0" * 64, "plan_sha256": "1" * 64, "run_id": "7", "version": "0.1"},
     "hello_reply": {"site_id": "a", "last_attempt": 3, "version": "0.1", "signature": "0" * 128},
     "verdict_request": {
         "attempt": 1,

@@ -26,10 +26,10 @@ from shared.certificates import (
     issue_site_certificate,
     make_authority,
     new_key,
-    save_key,
     to_pem,
 )
 from shared.errors import UsageError
+from shared.private_keys import save_private_key
 
 PASSWORD = "correct horse"  # of a server on loopback that lives for seconds
 
@@ -59,7 +59,7 @@ def make_keys(root: Path) -> None:
     }
     (root / "ca.pem").write_bytes(to_pem(authority.certificate))
     for name, key in keys.items():
-        save_key(key, root / f"{name}.key")
+        save_private_key(key, root / f"{name}.key")
         (root / f"{name}.pem").write_bytes(to_pem(certificates[name]))
 
 

@@ -130,7 +130,7 @@ def test_pretraining_starts_from_both_files_and_keeps_the_image_autoencoder(tmp_
         conditions=("common", "rare"),
         labels=("organ", "lesion"),
         out_dir=tmp_path / "out",
-        recipe=PretrainingRecipe(autoencoder=schedule, prior=schedule, copies=1),
+        recipe=PretrainingRecipe(autoencoder=schedule, prior=schedule, copy_embedding=schedule, copies=1),
         data_description="phantoms",
         image_autoencoder=autoencoder,
         image_denoiser=denoiser,
