@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from privacy.audit.blind_spots import BLIND_SPOTS
 from privacy.compliance.approval_check import approval_file_name
 from privacy.compliance.dsse import EvidenceError
 from privacy.compliance.epsilon import gaussian_epsilon
@@ -140,6 +141,7 @@ def officer_report(
         is_missing=lambda value: isinstance(value, _Missing),
         confidence=confidence,
         words=epsilon_words,
+        blind_spots=BLIND_SPOTS,
     )
     return OfficerReport(html=html, passed=bool(checks) and not failed, anchored=anchored, failed=failed)
 

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from headless_chromium import Chromium, find_chromium
 from PIL import Image
 from release_study import AT, SITES, Study, attempt_records, make_ledger, make_study
 
+from privacy.audit.blind_spots import BLIND_SPOTS
 from privacy.compliance.officer_report import OfficerReport, officer_report
 from privacy.compliance.page import visible
 from privacy.compliance.recheck import REQUIRED_CONDITIONS
@@ -123,6 +125,12 @@ def test_every_source_mark_leads_to_a_statement_with_its_hash(bundle: Path, hone
     captioned = [figure for figure in figures if "<figcaption>" in figure]
     assert len(captioned) == 3 + 6 and all('class="src' in figure for figure in captioned)
     assert len(rows) >= 30 and all('class="src' in row for row in rows), "a figure without its source"
+
+
+def test_the_page_says_what_no_audit_sees(honest: OfficerReport) -> None:
+    text = unescape(honest.html)
+    assert len(BLIND_SPOTS) >= 8
+    assert all(spot.defect in text and spot.instead in text for spot in BLIND_SPOTS)
 
 
 def test_a_changed_bundle_says_do_not_use_and_why(bundle: Path, tmp_path: Path) -> None:
