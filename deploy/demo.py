@@ -263,7 +263,10 @@ class Demo:
 
     def _plan_choices(self, choices: Sequence[str]) -> list[str]:
         options = self.options
-        own = ["--epsilon", str(options.epsilon), "--mechanism-canaries", str(MECHANISM_CANARIES)]
+        own = [
+            "--epsilon", str(options.epsilon), "--mechanism-canaries", str(MECHANISM_CANARIES),
+            "--secondary-attacks", "unguided",
+        ]  # fmt: skip
         if options.rounds is not None:
             own += ["--rounds", str(options.rounds)]
         return [*choices, *own]
@@ -347,7 +350,7 @@ class SimulatedScans:
 
     rare = "rare"
     measured: tuple[str, ...] = ("lesion",)
-    samples = 240
+    samples = 200
     policy_changes: tuple[str, ...] = ()
     PATIENTS = 84
     FRACTIONS = {"common": 0.5, "rare": 0.5}  # noqa: RUF012
@@ -387,7 +390,7 @@ class SimulatedScans:
                 "--local-steps",
                 "110",
             ]
-        return [*choices, "--rounds", "22"]
+        return [*choices, "--rounds", "16"]
 
     def import_choices(self, name: str) -> list[str]:
         return ["--nifti", str(self._demo.out / "data" / name)]

@@ -7,7 +7,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
-from privacy.audit.proposal import RECOMMENDED_AUDIT_NOISE, propose_audit
+from privacy.audit.proposal import RECOMMENDED_AUDIT_NOISE, SecondaryChoice, propose_audit
 from privacy.dp.accounting import gaussian_mu
 from privacy.dp.calibration import propose_privacy
 from privacy.dp.execution_plan import check_plan
@@ -49,6 +49,7 @@ class PlanChoices:
     copy_samples: int = 500
     mechanism_canaries: int = 1024
     canaries_per_site: int = 0
+    secondary_attacks: SecondaryChoice = "all"
     min_power: float = 0.5
     low_power: Literal["refuse", "accept"] = "refuse"
     site_approvals: int | None = None
@@ -130,6 +131,7 @@ def draft_plan(choices: PlanChoices, *, roster: RosterClause, public: Path) -> S
         copy_samples=choices.copy_samples,
         noised=choices.mode != "unprotected",
         guidance_scale=guidance_scale,
+        secondary=choices.secondary_attacks,
     ).model_copy(
         update={
             "min_power": choices.min_power,

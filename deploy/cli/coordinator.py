@@ -193,6 +193,13 @@ def plan_group() -> None:
     show_default=True,
     help="Generated samples that each site compares with its members.",
 )
+@click.option(
+    "--secondary-attacks",
+    type=click.Choice(["all", "unguided", "none"]),
+    default="all",
+    show_default=True,
+    help="Which secondary attacks each site makes for itself; unguided ones take a third of the time.",
+)
 @click.option("--min-power", type=float, default=0.5, show_default=True, help="Least power of the audit.")
 @click.option("--low-power", type=click.Choice(["refuse", "accept"]), default="refuse", show_default=True)
 @click.option(
@@ -241,6 +248,7 @@ def plan_new(
     min_power: float,
     low_power: str,
     mechanism_canaries: int,
+    secondary_attacks: str,
     canaries_per_site: int,
     modality: str | None,
     simulated: bool,
@@ -277,6 +285,7 @@ def plan_new(
         min_power=min_power,
         low_power=low_power,  # type: ignore[arg-type]
         mechanism_canaries=mechanism_canaries,
+        secondary_attacks=secondary_attacks,  # type: ignore[arg-type]
         canaries_per_site=canaries_per_site,
         modality=modality,  # type: ignore[arg-type]
         simulated=simulated,

@@ -69,6 +69,16 @@ def test_more_samples_than_the_copy_distance_is_calibrated_for_are_refused(publi
         draft(public, copy_samples=501)
 
 
+def test_secondary_attacks_are_all_unguided_or_none(public: Path) -> None:
+    attacks = {
+        which: draft(public, secondary_attacks=which).audit.secondary_attacks
+        for which in ("all", "unguided", "none")
+    }
+    assert {attack.guidance_scale for attack in attacks["all"]} == {1.0, 2.0}
+    assert attacks["unguided"] == tuple(a for a in attacks["all"] if a.guidance_scale == 1.0)
+    assert len(attacks["unguided"]) == 4 and attacks["none"] == ()
+
+
 def test_a_smaller_epsilon_means_more_noise(public: Path) -> None:
     assert draft(public, epsilon=2.0).privacy.noise_multiplier > draft(public).privacy.noise_multiplier
 
