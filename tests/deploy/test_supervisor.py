@@ -78,8 +78,10 @@ def test_close_ends_stubborn_and_orphaned_processes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_everything_ends_with_a_parent_that_a_signal_ends(tmp_path: Path, number: int) -> None:
     code = (
-        "import sys, time\nfrom pathlib import Path\n"
+        "import signal, sys, time\nfrom pathlib import Path\n"
         "from tests.deploy.test_supervisor import SupervisedProcesses, start_daemon\n"
+        # A shell starts what it puts in the background with SIGINT ignored, and children inherit that.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "processes = SupervisedProcesses()\n"
         "folder = Path(sys.argv[1])\n"
         "child, _ = start_daemon(processes, folder)\n"
