@@ -26,7 +26,7 @@ from shared.model.denoiser import build_denoiser, flatten, parameter_subset
 from shared.model.presets import preset_named
 from shared.model.weights import save_weights
 from shared.plan_package import PlanPackage, write_plan_package
-from shared.study_plan import default_threshold, parse_plan
+from shared.study_plan import StudyPlan, default_threshold, parse_plan
 from shared.wire import Envelope
 
 PACE = Pace(exchange_s=30, quorum_s=1.0, hello_s=5, poll_s=0.0, node_check_s=0.0)
@@ -115,14 +115,7 @@ class Consortium:
             "format": "lacuna/study-plan/v1",
             "study_id": "driver-test",
             "title": "a test",
-            "roster": {
-                "coordinator_key": self.coordinator.verify_key.hex(),
-                "officer_key": self.officer.verify_key.hex(),
-                "sites": [
-                    {"site_id": home.site_id, "identity_key": home.identity().verify_key.hex()}
-                    for home in self.homes
-                ],
-            },
+            "roster": self.roster(),
             "data": {
                 "conditions": ["common", "rare"],
                 "rare_condition": "rare",
@@ -146,13 +139,26 @@ class Consortium:
         for path, value in self.CLAUSES.items():
             document = changed(document, path, value)
         plan = parse_plan(document, what="test plan")
+        return self.write_package(
+            plan, autoencoder=folder / "autoencoder.safetensors", prior=folder / "prior.safetensors"
+        )
+
+    def roster(self) -> dict[str, Any]:
+        """The roster clause of this consortium's plan."""
+        return {
+            "coordinator_key": self.coordinator.verify_key.hex(),
+            "officer_key": self.officer.verify_key.hex(),
+            "sites": [
+                {"site_id": home.site_id, "identity_key": home.identity().verify_key.hex()}
+                for home in self.homes
+            ],
+        }
+
+    def write_package(self, plan: StudyPlan, *, autoencoder: Path, prior: Path) -> PlanPackage:
+        """Sign a plan into the coordinator's folder of its study."""
         root = self.root / "coordinator" / plan.study_id
         root.mkdir(parents=True, mode=0o700)
         root.chmod(0o700)
         return write_plan_package(
-            root / "plan",
-            plan,
-            key=self.coordinator,
-            autoencoder=folder / "autoencoder.safetensors",
-            prior=folder / "prior.safetensors",
+            root / "plan", plan, key=self.coordinator, autoencoder=autoencoder, prior=prior
         )

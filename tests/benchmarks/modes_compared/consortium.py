@@ -6,10 +6,9 @@ noise, and its noise, are read off inside the process; no message carries them.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 from unittest import mock
@@ -26,36 +25,25 @@ from client.ingest.decathlon import (
     split_patients,
     volume_condition_cut,
 )
-from client.patient_dataset import SiteStore
-from client.scan_import import import_scans
 from client.workbench import SiteWorkbench
 from deploy.public_networks import PublicSource, read_public
 from privacy.dp import trainer as trainer_module
 from privacy.dp.calibration import propose_privacy
 from privacy.dp.noise import noise_share
 from privacy.dp.trainer import PatientTrainer
-from privacy.secret_random import SecretRandom
-from server.attempt import AttemptTask
-from server.exchange import Pace
 from server.global_model import GlobalModel
 from server.pretrain import PublicVolume, default_recipe, held_out_patients, pretrain
-from server.round_driver import RoundDriver
 from shared.model.autoencoder import build_autoencoder
 from shared.model.candidate import load_prior
 from shared.model.denoiser import assign, build_denoiser, flatten, parameter_subset
 from shared.model.presets import preset_named
 from shared.model.training import TrainingSchedule, encode_batches, held_out_loss
 from shared.model.weights import load_weights
-from shared.plan_package import PlanPackage, hash_file, write_plan_package
-from shared.study_plan import default_threshold, parse_plan
+from shared.plan_package import PlanPackage
+from shared.study_plan import default_threshold
 from shared.volumes.canonical_grid import CanonicalGrid
 from tests.benchmarks.modes_compared.comparison import MAX_COLLUDING
-
-TESTS_OF_THE_SERVER = str(Path(__file__).resolve().parents[2] / "server")
-if TESTS_OF_THE_SERVER not in sys.path:
-    sys.path.insert(0, TESTS_OF_THE_SERVER)
-
-from in_memory_consortium import Consortium  # noqa: E402
+from tests.benchmarks.training_consortium import TrainingConsortium
 
 TASK = "Task04_Hippocampus"
 LABELS = ("anterior", "posterior")
@@ -65,8 +53,6 @@ PUBLIC_PATIENTS, HELD_OUT_PATIENTS, SPLIT_SEED = 36, 24, 7
 AUTOENCODER_STEPS, PRIOR_STEPS = 400, 60
 
 EPSILON, DELTA, CLIP, DRAWS, TRAINABLE = 8.0, 1e-5, 0.5, 4, "all"
-
-NO_HURRY = Pace(exchange_s=36_000, quorum_s=60, hello_s=60, poll_s=0.0, node_check_s=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,8 +118,8 @@ class PublicPart:
         preset, share = preset_named(PRESET), HELD_OUT_PATIENTS / PUBLIC_PATIENTS
         self._public = self._volumes()
         self.unseen = set(held_out_patients(self.patients, share))
-        recipe = default_recipe(preset, seed=1)
-        recipe = type(recipe)(
+        recipe = replace(
+            default_recipe(preset, seed=1),
             autoencoder=TrainingSchedule(
                 steps=AUTOENCODER_STEPS, batch_size=8, learning_rate=2e-3, seed=1, ema_decay=0.99
             ),
@@ -159,7 +145,7 @@ class PublicPart:
         self.condition_M = torch.tensor([VOLUME_CONDITIONS.index(v.condition) for v in own])
 
 
-class HippocampusConsortium(Consortium):
+class HippocampusConsortium(TrainingConsortium):
     """Every site with its own patients, imported and encoded as ``lacuna site`` does it."""
 
     def __init__(self, root: Path, setting: Setting, public: PublicPart) -> None:
@@ -179,71 +165,32 @@ class HippocampusConsortium(Consortium):
             max_attempts=setting.max_attempts, local_learning_rate=setting.learning_rate,
         )  # fmt: skip
         self.execution = proposed.execution
-        sites = [
-            {"site_id": home.site_id, "identity_key": home.identity().verify_key.hex()} for home in self.homes
-        ]
-        plan = parse_plan(
-            {
-                "format": "lacuna/study-plan/v1",
-                "study_id": "modes-compared",
-                "title": setting.name,
-                "roster": {
-                    "coordinator_key": self.coordinator.verify_key.hex(),
-                    "officer_key": self.officer.verify_key.hex(),
-                    "sites": sites,
-                },
-                "data": {
-                    "conditions": list(VOLUME_CONDITIONS), "rare_condition": VOLUME_CONDITIONS[0],
-                    "labels": list(LABELS), "grid_shape": list(GRID), "spacing_mm": list(SPACING_MM),
-                },
-                "model": {
-                    "preset": PRESET, "trainable": TRAINABLE, "dimension": dimension,
-                    "autoencoder_sha256": hash_file(public.autoencoder),
-                    "prior_sha256": hash_file(public.prior),
-                    "server_learning_rate": setting.learning_rate,
-                    "local_learning_rate": setting.learning_rate,
-                },
-                "privacy": proposed.privacy.model_dump(),
-                "secure_aggregation": proposed.secure_aggregation.model_dump(),
-                "audit": {
-                    "score_edges": [0.0], "control_edges": [0.0], "copy_distance": 1.0,
-                    "holdout_share": 1e-9,
-                },
-                "release": {"site_approvals": 2},
+        return self.sign_training_plan(
+            study_id="modes-compared", title=setting.name, proposed=proposed,
+            data={
+                "conditions": list(VOLUME_CONDITIONS), "rare_condition": VOLUME_CONDITIONS[0],
+                "labels": list(LABELS), "grid_shape": list(GRID), "spacing_mm": list(SPACING_MM),
             },
-            what="plan of the comparison",
+            model={
+                "preset": PRESET, "trainable": TRAINABLE, "dimension": dimension,
+                "server_learning_rate": setting.learning_rate,
+                "local_learning_rate": setting.learning_rate,
+            },
+            autoencoder=public.autoencoder, prior=public.prior,
         )  # fmt: skip
-        root = self.root / "coordinator" / plan.study_id
-        root.mkdir(parents=True, mode=0o700)
-        root.chmod(0o700)
-        return write_plan_package(
-            root / "plan", plan, key=self.coordinator, autoencoder=public.autoencoder, prior=public.prior
-        )
 
     def make_workbench(self, i: int, directory: Path) -> SiteWorkbench:
-        public, home, plan = self.public, self.homes[i], self.package.plan
+        public = self.public
         own = frozenset(public.site_patients(self.setting.n_sites)[i])
-        source = DecathlonFolder(
-            path=public.task, patients_csv=public.table, patient_ids=own, volume_cut_mm3=public.cut_mm3
+        bench = self.import_site(
+            i,
+            DecathlonFolder(
+                path=public.task, patients_csv=public.table, patient_ids=own, volume_cut_mm3=public.cut_mm3
+            ),
         )
-        store = SiteStore.create(home.store_path(plan.study_id))
-        report = import_scans(source, store, plan.data)
-        assert not report.problems, report.problems
-        bench = SiteWorkbench(home=home, package=self.package, secret=SecretRandom())
         self.trained[i] = len(bench.members)
         assert len(bench.members) == len(own)
         return bench
-
-
-class TrainingAlone(RoundDriver):
-    """The round driver, which stops where the audit would begin."""
-
-    def _next_task(self, *, ahead: int) -> AttemptTask | None:
-        task = super()._next_task(ahead=ahead)
-        return task if task is None or task.purpose == "train" else None
-
-    def _collect_verdicts(self) -> tuple[str, ...]:
-        return ()
 
 
 class WatchedSums:
@@ -302,7 +249,7 @@ def train(root: Path, setting: Setting, public: PublicPart) -> dict[str, Any]:
     consortium = HippocampusConsortium(root, setting, public)
     plan = consortium.plan
     with watched.installed():
-        outcome = TrainingAlone(consortium.transport, consortium.store, run_id="1", pace=NO_HURRY).run()
+        outcome = consortium.training().run()
     assert outcome.rounds == setting.rounds and len(watched.rounds) == setting.rounds
     denoiser, parameters = load_prior(plan, public.prior)
 
@@ -315,9 +262,7 @@ def train(root: Path, setting: Setting, public: PublicPart) -> dict[str, Any]:
         assign(parameters, model.ema)
         losses.append(loss())
     charged = [consortium.charges(i) for i in range(setting.n_sites)]
-    for ledger in consortium.ledgers.values():
-        ledger.close()
-    consortium.store.close()
+    consortium.close()
     execution = consortium.execution
     return {
         **asdict(setting),

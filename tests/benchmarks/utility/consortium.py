@@ -6,7 +6,6 @@ The audit at the end of a study is left out; what it would look for is measured 
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,38 +16,26 @@ from unittest import mock
 import numpy as np
 from numpy.typing import NDArray
 
-from client.patient_dataset import SiteStore
-from client.scan_import import import_scans
 from client.workbench import SiteWorkbench
 from privacy.dp import trainer as trainer_module
 from privacy.dp.calibration import propose_privacy
 from privacy.dp.execution_plan import ExecutionPlan
-from privacy.secret_random import SecretRandom
-from server.attempt import AttemptTask
-from server.exchange import Pace
 from server.global_model import GlobalModel
-from server.round_driver import RoundDriver
 from shared.model.denoiser import build_denoiser, flatten, parameter_subset
 from shared.model.presets import preset_named
 from shared.model.shipped import PretrainedPair
-from shared.plan_package import PlanPackage, hash_file, write_plan_package
-from shared.study_plan import default_threshold, parse_plan
+from shared.plan_package import PlanPackage
+from shared.study_plan import default_threshold
+from tests.benchmarks.training_consortium import TrainingConsortium
 from tests.benchmarks.utility.cohorts import Cohort
 from tests.benchmarks.utility.settings import Study
 
-TESTS_OF_THE_SERVER = str(Path(__file__).resolve().parents[2] / "server")
-if TESTS_OF_THE_SERVER not in sys.path:
-    sys.path.insert(0, TESTS_OF_THE_SERVER)
-
-from in_memory_consortium import Consortium  # noqa: E402
-
-NO_HURRY = Pace(exchange_s=36_000, quorum_s=60, hello_s=60, poll_s=0.0, node_check_s=0.0)
 LARGEST_EPSILON = 15.0
 """Within a site's usual cap; studies without noise are planned with it, for their ranges."""
 
 
-class UtilityConsortium(Consortium):
-    """Every hospital of a cohort with its own patients, imported and encoded as ``lacuna site`` does it."""
+class UtilityConsortium(TrainingConsortium):
+    """The hospitals of a cohort."""
 
     def __init__(
         self, root: Path, cohort: Cohort, study: Study, pair: PretrainedPair, preset: str, *, device: str
@@ -70,69 +57,27 @@ class UtilityConsortium(Consortium):
             local_steps=study.local_steps, local_learning_rate=study.learning_rate,
         )  # fmt: skip
         self.execution: ExecutionPlan = proposed.execution
-        sites = [
-            {"site_id": home.site_id, "identity_key": home.identity().verify_key.hex()} for home in self.homes
-        ]
-        plan = parse_plan(
-            {
-                "format": "lacuna/study-plan/v1",
-                "study_id": "utility",
-                "title": "utility benchmark",
-                "roster": {
-                    "coordinator_key": self.coordinator.verify_key.hex(),
-                    "officer_key": self.officer.verify_key.hex(),
-                    "sites": sites,
-                },
-                "data": {
-                    "conditions": list(cohort.conditions), "rare_condition": cohort.rare,
-                    "labels": list(cohort.labels), "grid_shape": list(cohort.grid_shape),
-                    "spacing_mm": list(cohort.spacing_mm),
-                },
-                "model": {
-                    "preset": self.preset, "trainable": study.trainable, "dimension": dimension,
-                    "autoencoder_sha256": hash_file(self.pair.autoencoder_path),
-                    "prior_sha256": hash_file(self.pair.prior_path),
-                    "server_learning_rate": study.learning_rate,
-                    "local_learning_rate": study.learning_rate,
-                    "ema_decay": study.ema_decay,
-                },
-                "privacy": proposed.privacy.model_dump(),
-                "secure_aggregation": proposed.secure_aggregation.model_dump(),
-                "audit": {
-                    "score_edges": [0.0], "control_edges": [0.0], "copy_distance": 1.0,
-                    "holdout_share": 1e-9,
-                },
-                "release": {"site_approvals": 2},
+        return self.sign_training_plan(
+            study_id="utility", title="the utility benchmark", proposed=proposed,
+            data={
+                "conditions": list(cohort.conditions), "rare_condition": cohort.rare,
+                "labels": list(cohort.labels), "grid_shape": list(cohort.grid_shape),
+                "spacing_mm": list(cohort.spacing_mm),
             },
-            what="plan of the benchmark",
-        )  # fmt: skip
-        root = self.root / "coordinator" / plan.study_id
-        root.mkdir(parents=True, mode=0o700)
-        root.chmod(0o700)
-        return write_plan_package(
-            root / "plan", plan, key=self.coordinator, autoencoder=self.pair.autoencoder_path,
-            prior=self.pair.prior_path,
+            model={
+                "preset": self.preset, "trainable": study.trainable, "dimension": dimension,
+                "server_learning_rate": study.learning_rate,
+                "local_learning_rate": study.learning_rate,
+                "ema_decay": study.ema_decay,
+            },
+            autoencoder=self.pair.autoencoder_path, prior=self.pair.prior_path,
         )  # fmt: skip
 
     def make_workbench(self, i: int, directory: Path) -> SiteWorkbench:
-        home, plan = self.homes[i], self.package.plan
-        store = SiteStore.create(home.store_path(plan.study_id))
-        report = import_scans(self.cohort.source(i, self.root / f"scans-{i}"), store, plan.data)
-        assert not report.problems, report.problems
-        bench = SiteWorkbench(home=home, package=self.package, secret=SecretRandom(), device=self.device)
+        source = self.cohort.source(i, self.root / f"scans-{i}")
+        bench = self.import_site(i, source, device=self.device)
         assert len(bench.members) == len({v.patient_id for v in self.cohort.hospitals[i]})
         return bench
-
-
-class TrainingAlone(RoundDriver):
-    """The round driver, which stops where the audit would begin."""
-
-    def _next_task(self, *, ahead: int) -> AttemptTask | None:
-        task = super()._next_task(ahead=ahead)
-        return task if task is None or task.purpose == "train" else None
-
-    def _collect_verdicts(self) -> tuple[str, ...]:
-        return ()
 
 
 @contextmanager
@@ -154,7 +99,7 @@ def train_together(
         root = Path(folder)
         with mock.patch.dict(os.environ, {"LACUNA_COUNTER_DIR": str(root / "counters")}):
             consortium = UtilityConsortium(root, cohort, study, pair, preset, device=device)
-            driver = TrainingAlone(consortium.transport, consortium.store, run_id="1", pace=NO_HURRY)
+            driver = consortium.training()
             if study.epsilon is None:
                 with no_noise():
                     outcome = driver.run()
@@ -170,7 +115,5 @@ def train_together(
                 "planned_epsilon": None if study.epsilon is None else execution.planned_epsilon().reported,
                 "attempts_charged": max(consortium.charges(i) for i in range(len(consortium.homes))),
             }
-            for ledger in consortium.ledgers.values():
-                ledger.close()
-            consortium.store.close()
+            consortium.close()
     return weights, planned

@@ -43,13 +43,6 @@ class Scans:
         )  # fmt: skip
 
 
-@dataclass(frozen=True, kw_only=True)
-class Score:
-    """Dice by label, or AUC: ``values`` by name, one entry each."""
-
-    values: dict[str, float]
-
-
 def train_and_test(
     task: str,
     sources: list[Scans],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 VERSION = 1
@@ -76,14 +76,6 @@ class Study:
     ema_decay: float = 0.9
     delta: float = 1e-5
     local_steps: int = 1
-
-
-@dataclass
-class Figures:
-    """What a job found; ``job`` is its setting."""
-
-    job: dict[str, Any]
-    values: dict[str, Any] = field(default_factory=dict)
 
 
 def _key(prefix: str, value: dict[str, Any]) -> str:
