@@ -21,9 +21,10 @@ from server.round_driver import RoundDriver
 from shared.plan_package import PlanPackage, hash_file
 from shared.study_plan import parse_plan
 
-TESTS_OF_THE_SERVER = str(Path(__file__).resolve().parents[1] / "server")
-if TESTS_OF_THE_SERVER not in sys.path:
-    sys.path.insert(0, TESTS_OF_THE_SERVER)
+TESTS = Path(__file__).resolve().parents[1]
+for folder in (str(TESTS), str(TESTS / "server")):  # as the conftest files do for tests
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
 
 from in_memory_consortium import Consortium  # noqa: E402
 
