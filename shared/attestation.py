@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import base64
 import binascii
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from shared.canonical import canonical_json, parse_json
-from shared.errors import MalformedMessageError
+from shared.errors import MalformedMessageError, RefusedError
 from shared.identity import BadSignatureError, SigningKey, VerifyKey
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
@@ -122,6 +123,27 @@ def claimed_signer(data: bytes, *, what: str, max_bytes: int = MAX_ATTESTATION_B
         return VerifyKey.from_hex(envelope["signatures"][0]["keyid"])
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise MalformedMessageError(f"{what}: not a DSSE envelope") from error
+
+
+def open_signed_by(
+    data: bytes,
+    *,
+    fingerprint: str,
+    predicate_type: str,
+    what: str,
+    max_bytes: int,
+    refusal: Callable[[VerifyKey], RefusedError],
+) -> tuple[Statement, VerifyKey]:
+    """A statement signed by the key with this fingerprint, which people compared over another channel.
+
+    Raises:
+        RefusedError: it is signed by another key; ``refusal`` puts it in words.
+        MalformedMessageError, BadSignatureError: it does not parse or verify.
+    """
+    key = claimed_signer(data, what=what, max_bytes=max_bytes)
+    if key.fingerprint != fingerprint:
+        raise refusal(key)
+    return open_statement(data, key=key, predicate_type=predicate_type, what=what), key
 
 
 def _verifies(entry: Any, key: VerifyKey, encoded: bytes, what: str) -> bool:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from shared.attestation import Statement, claimed_signer, open_statement, sign_statement
+from shared.attestation import Statement, open_signed_by, sign_statement
 from shared.enrolment import NAME
 from shared.errors import MalformedMessageError, RefusedError
 from shared.identity import SigningKey
@@ -50,13 +50,17 @@ def open_sheet(data: bytes, *, fingerprint: str) -> FingerprintSheet:
         RefusedError: it is signed by another key.
         MalformedMessageError, BadSignatureError: it does not parse or verify.
     """
-    key = claimed_signer(data, what="fingerprint sheet", max_bytes=MAX_SHEET_BYTES)
-    if key.fingerprint != fingerprint:
-        raise RefusedError(
+    statement, key = open_signed_by(
+        data,
+        fingerprint=fingerprint,
+        predicate_type=SHEET_PREDICATE,
+        what="fingerprint sheet",
+        max_bytes=MAX_SHEET_BYTES,
+        refusal=lambda key: RefusedError(
             f"the sheet is signed by {key.fingerprint}, not by {fingerprint}",
             remedy="call whoever wrote it, and let them read their fingerprint again",
-        )
-    statement = open_statement(data, key=key, predicate_type=SHEET_PREDICATE, what="fingerprint sheet")
+        ),
+    )
     writer, entries = statement.predicate.get("writer"), statement.predicate.get("entries")
     if not isinstance(writer, str) or not isinstance(entries, dict) or len(entries) > MAX_ENTRIES:
         raise MalformedMessageError(f"fingerprint sheet: a writer and at most {MAX_ENTRIES} entries")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from shared.attestation import Statement, claimed_signer, open_statement, sign_statement
+from shared.attestation import Statement, open_signed_by, sign_statement
 from shared.certificates import issued_by, read_certificate
 from shared.errors import MalformedMessageError, RefusedError
 from shared.identity import SigningKey
@@ -61,13 +61,17 @@ def open_certificate(data: bytes, *, coordinator: str) -> SiteCertificate:
         RefusedError: signed by somebody else than the pinned coordinator.
         MalformedMessageError, BadSignatureError: it does not parse or verify.
     """
-    key = claimed_signer(data, what="site certificate", max_bytes=MAX_CERTIFICATE_BYTES)
-    if key.fingerprint != coordinator:
-        raise RefusedError(
+    statement, _ = open_signed_by(
+        data,
+        fingerprint=coordinator,
+        predicate_type=CERTIFICATE_PREDICATE,
+        what="site certificate",
+        max_bytes=MAX_CERTIFICATE_BYTES,
+        refusal=lambda key: RefusedError(
             f"the certificate file is signed by {key.fingerprint}, the pinned coordinator is {coordinator}",
             remedy="ask the coordinator, over another channel, for its fingerprint and for the file again",
-        )
-    statement = open_statement(data, key=key, predicate_type=CERTIFICATE_PREDICATE, what="site certificate")
+        ),
+    )
     predicate = statement.predicate
     if set(predicate) != set(_FIELDS) or not all(isinstance(text, str) for text in predicate.values()):
         raise MalformedMessageError(f"site certificate: holds exactly {', '.join(_FIELDS)}, all text")

@@ -212,5 +212,5 @@ def assign(params: NamedParameters, vector: NDArray[Any]) -> None:
     offset = 0
     for _, parameter in params:
         piece = np.ascontiguousarray(vector[offset : offset + parameter.numel()], dtype=np.float32)
-        parameter.copy_(torch.from_numpy(piece).view_as(parameter))
+        parameter.copy_(torch.tensor(piece).view_as(parameter))
         offset += parameter.numel()
