@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ class DicomWebArchive:
                     _value(study, "StudyInstanceUID"), fields=_FIELDS, get_remaining=True
                 )
                 for series in found:
-                    yield _remote_series(study, series)
+                    yield RemoteSeries.described(partial(_value, study), partial(_value, series))
 
     def fetch(self, series: RemoteSeries, folder: Path) -> None:
         """See :class:`Archive`."""
@@ -128,20 +129,6 @@ class _Session(requests.Session):  # type: ignore[misc] # requests is not typed
     def merge_environment_settings(self, url: Any, proxies: Any, stream: Any, verify: Any, cert: Any) -> Any:
         own = self.verify if verify is None else verify
         return super().merge_environment_settings(url, proxies, stream, own, cert)
-
-
-def _remote_series(study: dict[str, Any], series: dict[str, Any]) -> RemoteSeries:
-    count = _value(series, "NumberOfSeriesRelatedInstances")
-    return RemoteSeries(
-        patient_id=_value(study, "PatientID"),
-        study_uid=_value(study, "StudyInstanceUID"),
-        series_uid=_value(series, "SeriesInstanceUID"),
-        modality=_value(series, "Modality") or None,
-        body_part=_value(series, "BodyPartExamined") or None,
-        description=_value(series, "SeriesDescription") or None,
-        number=_value(series, "SeriesNumber") or None,
-        n_objects=int(count) if count else None,
-    )
 
 
 def _value(answer: dict[str, Any], keyword: str) -> str:

@@ -10,6 +10,7 @@ import re
 import ssl
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,7 @@ class DimseArchive:
                     Modality="", BodyPartExamined="", SeriesDescription="", SeriesNumber="",
                     NumberOfSeriesRelatedInstances="",
                 ):  # fmt: skip
-                    yield _remote_series(study, series)
+                    yield RemoteSeries.described(partial(_text, study), partial(_text, series))
 
     def fetch(self, series: RemoteSeries, folder: Path) -> None:
         """See :class:`Archive`."""
@@ -208,22 +209,9 @@ class DimseArchive:
         return answers
 
 
-def _remote_series(study: Any, series: Any) -> RemoteSeries:
-    def text(answer: Any, keyword: str) -> str:
-        value = answer.get(keyword)
-        return "" if value is None else str(value).strip()
-
-    count = text(series, "NumberOfSeriesRelatedInstances")
-    return RemoteSeries(
-        patient_id=text(study, "PatientID"),
-        study_uid=text(study, "StudyInstanceUID"),
-        series_uid=text(series, "SeriesInstanceUID"),
-        modality=text(series, "Modality") or None,
-        body_part=text(series, "BodyPartExamined") or None,
-        description=text(series, "SeriesDescription") or None,
-        number=text(series, "SeriesNumber") or None,
-        n_objects=int(count) if count.isdigit() else None,
-    )
+def _text(answer: Any, keyword: str) -> str:
+    value = answer.get(keyword)
+    return "" if value is None else str(value).strip()
 
 
 def _several(value: Any) -> list[Any]:

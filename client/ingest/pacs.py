@@ -62,6 +62,21 @@ class RemoteSeries:
     number: str | None = None
     n_objects: int | None = None
 
+    @classmethod
+    def described(cls, study: Callable[[str], str], series: Callable[[str], str]) -> RemoteSeries:
+        """From an archive's answers: functions from keyword to text, empty where it does not say."""
+        count = series("NumberOfSeriesRelatedInstances")
+        return cls(
+            patient_id=study("PatientID"),
+            study_uid=study("StudyInstanceUID"),
+            series_uid=series("SeriesInstanceUID"),
+            modality=series("Modality") or None,
+            body_part=series("BodyPartExamined") or None,
+            description=series("SeriesDescription") or None,
+            number=series("SeriesNumber") or None,
+            n_objects=int(count) if count.isdigit() else None,
+        )
+
     @property
     def name(self) -> str:
         number = f" series {self.number}" if self.number else ""
