@@ -102,7 +102,7 @@ class Demo:
             plan_approvals.append(approval)
         coordinate("plan", "collect", "--study", STUDY, *plan_approvals)
         self._step("Rounds: SuperLink, SuperNodes and agents start; the study runs as a Flower run")
-        self._train()
+        self._train(study)
         self._step("Gate")
         decision = self._exchange("gate-decision.dsse.json")
         code = coordinate("gate", "--study", STUDY, "--out", str(decision), may_refuse=True)
@@ -143,7 +143,7 @@ class Demo:
                 if peer != name:
                     self._lacuna(name, "site", "pin", peer, fingerprint, quiet=True)
 
-    def _train(self) -> None:
+    def _train(self, study: Scans) -> None:
         sites = [
             SiteProcess(
                 site_id=name,
@@ -156,6 +156,7 @@ class Demo:
                     "{socket}",
                     "--threads",
                     "1",
+                    *study.serve_choices,
                 ],
                 env=self._environment(name),
             )
@@ -339,6 +340,9 @@ class Scans(Protocol):
     policy_changes: tuple[str, ...]
     """Clauses in which the hospitals of this demo agree to less than a policy asks for by itself."""
 
+    serve_choices: tuple[str, ...]
+    """Options of every hospital's agent."""
+
     def pretrain(self) -> None: ...
     @property
     def plan_choices(self) -> list[str]: ...
@@ -352,6 +356,7 @@ class SimulatedScans:
     measured: tuple[str, ...] = ("lesion",)
     samples = 200
     policy_changes: tuple[str, ...] = ()
+    serve_choices: tuple[str, ...] = ()
     PATIENTS = 84
     FRACTIONS = {"common": 0.5, "rare": 0.5}  # noqa: RUF012
 
@@ -419,8 +424,10 @@ class DecathlonScans:
             split_patients,
             volume_condition_cut,
         )
+        from shared.model.training import cpu_has_bfloat16
 
         self._demo = demo
+        self.serve_choices: tuple[str, ...] = ("--bfloat16",) if cpu_has_bfloat16() else ()
         options = demo.options
         if options.data is None or options.patients is None:
             raise UsageError("--data and --patients belong together")
@@ -458,8 +465,8 @@ class DecathlonScans:
         self._demo._lacuna(
             "coordinator", "coordinator", "pretrain", "--study", STUDY, "--preset", "tiny",
             *self._source("public"), "--conditions", "normal,small", "--labels", "anterior,posterior",
-            "--autoencoder-steps", "800", "--prior-steps", "600", "--embedding-steps", "100",
-            "--copy-samples", str(self.COPY_SAMPLES),
+            "--autoencoder-steps", "800", "--prior-steps", "400", "--embedding-steps", "100",
+            "--copy-samples", str(self.COPY_SAMPLES), *self.serve_choices,
         )  # fmt: skip
 
     @property

@@ -84,6 +84,7 @@ def train_on(
     autoencoder_steps: int | None,
     prior_steps: int | None,
     embedding_steps: int | None,
+    bfloat16: bool = False,
     copy_samples: int = 500,
     seed: int,
     image_autoencoder: Path | None = None,
@@ -107,6 +108,13 @@ def train_on(
         recipe = replace(recipe, prior=replace(recipe.prior, steps=prior_steps))
     if embedding_steps is not None:
         recipe = replace(recipe, copy_embedding=replace(recipe.copy_embedding, steps=embedding_steps))
+    if bfloat16:
+        recipe = replace(
+            recipe,
+            autoencoder=replace(recipe.autoencoder, bfloat16=True),
+            prior=replace(recipe.prior, bfloat16=True),
+            copy_embedding=replace(recipe.copy_embedding, bfloat16=True),
+        )
     patients = sorted({volume.patient_id for volume in volumes})
     pair = pretrain(
         preset=preset,

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from privacy.secagg.masking import SignedVector
 from privacy.secagg.messages import AdvertiseReply, AdvertiseRequest, ShareReply, ShareRequest
 from privacy.secagg.reasons import Component
 from privacy.secagg.server_rounds import ServerAttempt
@@ -91,7 +92,7 @@ class Attempt:
             vector_length=task.vector_length,
         )
         self._protocol = self._invite(())
-        self._total: NDArray[np.int64] | None = None
+        self._total: SignedVector | None = None
 
     @property
     def participants(self) -> tuple[str, ...]:
@@ -108,7 +109,7 @@ class Attempt:
         """Signed heads of the sites' ledgers, as they came with their keys: receipts."""
         return self._protocol.ledger_heads
 
-    def take_total(self) -> NDArray[np.int64]:
+    def take_total(self) -> SignedVector:
         """The unmasked sum, int64 [vector_length], once: the attempt keeps nothing of it."""
         assert self._total is not None, "the attempt has completed, and its total was not taken before"
         total, self._total = self._total, None

@@ -28,6 +28,9 @@ class Pace:
     A site that is alive and slow is waited for up to ``exchange_s``. Once as many sites as the threshold have
     answered, the others have ``patience`` times the slowest answer measured so far to an exchange of that
     kind, at least ``shortest_s``: a site that stalls does not hold up everybody for the longest time.
+
+    Answers are asked for every ``poll_s``, and the longer nothing comes the less often, at least every
+    ``slowest_poll`` times that: each look is a request to the SuperLink per site that has not answered.
     """
 
     exchange_s: float = 600.0
@@ -35,8 +38,9 @@ class Pace:
     patience: float = 4.0
     quorum_s: float = 900.0
     hello_s: float = 60.0
-    poll_s: float = 0.4
-    node_check_s: float = 0.5
+    poll_s: float = 0.3
+    slowest_poll: float = 6.0
+    node_check_s: float = 3.0
 
 
 class Exchanger:
@@ -114,14 +118,15 @@ class Exchanger:
         # A piece of work is a kind of its own, by purpose; messages of the protocol alone are another.
         kind, started, n_asked = min(kinds, default="protocol"), self._clock(), len(pending)
         measured_s, slowest_s = self._slowest_s.get(kind), 0.0
-        next_check = self._clock() + self._pace.node_check_s
+        next_check = started + self._pace.node_check_s
+        newest = started
         while pending:
             answered = [item for item in pending.items() if self._take(*item, on_reply, lost)]
             for message_id, _ in answered:
                 del pending[message_id]
             now = self._clock()
             if answered:
-                slowest_s = now - started
+                newest, slowest_s = now, now - started
             if now >= next_check and pending:
                 next_check = now + self._pace.node_check_s
                 connected = set(self._transport.nodes())
@@ -136,7 +141,7 @@ class Exchanger:
                 slowest_s = now - started
                 break
             if pending and not answered:
-                time.sleep(self._pace.poll_s)
+                time.sleep(self._pace.poll_s * min(1 + (now - newest) / 10, self._pace.slowest_poll))
         self._slowest_s[kind] = max(measured_s or 0.0, slowest_s)
         for site in lost:
             self._directory.forget(site)

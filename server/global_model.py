@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from privacy.secagg.masking import SignedVector
 from shared.checkpoint import load_tensors, save_tensors
 from shared.errors import CoordinatorError, MalformedMessageError
 from shared.study_plan import StudyPlan
@@ -60,7 +61,7 @@ class GlobalModel:
         """Moving average that starts at the prior; the candidate for release. A view, as ``weights``."""
         return _view(self._ema)
 
-    def apply(self, total: NDArray[np.int64], *, n_survivors: int) -> None:
+    def apply(self, total: SignedVector, *, n_survivors: int) -> None:
         """Take one round's unmasked sum, in grid steps [d]. Memory: one float32 vector beside the sum.
 
         Raises:
@@ -85,7 +86,7 @@ class GlobalModel:
         self.round += 1
         self._ema.lerp_(self._weights.detach(), 1 - self._plan.model.ema_decay)
 
-    def _average(self, total: NDArray[np.int64], divisor: float) -> Vector:
+    def _average(self, total: SignedVector, divisor: float) -> Vector:
         """total times the grid step over the divisor, float32 [d]; in float64 a chunk at a time."""
         average = np.empty(len(total), dtype=np.float32)
         for start in range(0, len(total), CHUNK):

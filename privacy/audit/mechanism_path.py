@@ -176,7 +176,9 @@ class AuditConsortium:
         if server.needs_confirmation:
             self._exchange(server, server.build_confirm_requests())
         self._exchange(server, server.build_unmask_requests())
-        return AuditedStep(shares=shares, masked=masked, survivors=survivors, total=server.total())
+        return AuditedStep(
+            shares=shares, masked=masked, survivors=survivors, total=server.total().astype(np.int64)
+        )
 
     def _exchange(self, server: ServerAttempt, requests: Mapping[str, Request]) -> None:
         for site_id, request in requests.items():

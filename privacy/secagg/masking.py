@@ -8,6 +8,7 @@ modulo 2^32 or 2^64. The sum over all sites is right if its every coordinate lie
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TypeAlias
 
 import numpy as np
 
@@ -21,6 +22,7 @@ it twice in order to put it together."""
 __all__ = [
     "PIECE_BYTES",
     "IntVector",
+    "SignedVector",
     "Words",
     "add_pieces",
     "apply_streams",
@@ -31,6 +33,9 @@ __all__ = [
     "zeros",
 ]
 
+SignedVector: TypeAlias = np.ndarray[tuple[int], np.dtype[np.int32 | np.int64]]
+"""A total of an attempt: int32 where the modulus is 2^32, int64 where it is 2^64."""
+
 _NATIVE: dict[int, np.dtype[np.unsignedinteger]] = {32: np.dtype(np.uint32), 64: np.dtype(np.uint64)}
 _WIRE: dict[int, np.dtype[np.unsignedinteger]] = {32: np.dtype("<u4"), 64: np.dtype("<u8")}
 
@@ -40,11 +45,9 @@ def zeros(length: int, modulus_bits: int) -> Words:
     return np.zeros(length, dtype=_NATIVE[modulus_bits])
 
 
-def centre(residues: Words) -> IntVector:
-    """The representatives nearest to zero, in [-2^(bits-1), 2^(bits-1)), as int64."""
-    if residues.dtype == np.dtype(np.uint32):
-        return residues.view(np.int32).astype(np.int64)
-    return residues.view(np.int64).copy()
+def centre(residues: Words) -> SignedVector:
+    """The representatives nearest to zero, in [-2^(bits-1), 2^(bits-1)): int32 or int64, the same memory."""
+    return residues.view(np.int32 if residues.dtype == np.dtype(np.uint32) else np.int64)
 
 
 def from_bytes(data: bytes, modulus_bits: int) -> Words:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 from privacy.secagg.keys import agree, pair_mask_key, public_key, seed_commitment, self_mask_key
-from privacy.secagg.masking import IntVector, apply_streams, centre, zeros
+from privacy.secagg.masking import SignedVector, apply_streams, centre, zeros
 from privacy.secagg.messages import (
     REPLIES,
     AdvertiseReply,
@@ -278,8 +278,9 @@ class ServerAttempt:
         """Checks each share against what its dealer committed to. Raises BadReplyError."""
         self._accept(Component.UNMASK, site_id, reply)
 
-    def total(self) -> IntVector:
-        """The exact sum of the survivors' vectors, int64[vector_length]. Ends the attempt.
+    def total(self) -> SignedVector:
+        """The exact sum of the survivors' vectors, [vector_length], int32 or int64 as the modulus. Ends
+        the attempt.
 
         Raises:
             AttemptAbortedError: TOO_FEW_REVEALED_SHARES, or BAD_DEALER (named): shares that all are as

@@ -157,8 +157,9 @@ def contrast_loss(
     Other scans of the same patient are neither near nor far on purpose: they are left out.
     """
     b = first_BE.shape[0]
-    both = torch.cat([first_BE, second_BE])
-    logits = both @ both.T / temperature
+    both = torch.cat([first_BE, second_BE]).float()
+    with torch.autocast(both.device.type, enabled=False):  # bfloat16 would round near pairs together
+        logits = both @ both.T / temperature
     patient = patient_B.repeat(2)
     row = torch.arange(2 * b, device=both.device)
     partner = (row + b) % (2 * b)

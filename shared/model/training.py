@@ -61,6 +61,8 @@ class TrainingSchedule:
         condition_dropout: Share of samples trained under the null class (denoiser only).
         seed: Public seed.
         save_every: Steps between resumable states.
+        bfloat16: Compute forward and backward passes in bfloat16 where torch's autocast would; weights,
+            optimizer and average stay float32.
     """
 
     steps: int
@@ -70,6 +72,7 @@ class TrainingSchedule:
     ema_decay: float = 0.995
     condition_dropout: float = 0.15
     save_every: int = 200
+    bfloat16: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -395,7 +398,7 @@ def _train(
     kept: tuple[list[tuple[int, float]], dict[str, Tensor]] | None = None,
 ) -> None:
     """AdamW with warm-up, cosine decay, gradient clipping and EMA; ends with the averaged weights."""
-    parameters = list(module.parameters())
+    parameters, device = list(module.parameters()), _device(module)
     optimizer = torch.optim.AdamW(parameters, lr=schedule.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
     average = _Average(schedule.ema_decay, [p.detach().clone() for p in parameters])
     state = _ResumableState(state_path, stage, schedule, module, optimizer, average, kept)
@@ -407,7 +410,8 @@ def _train(
             group["lr"] = schedule.learning_rate * rate
         generator = torch.Generator().manual_seed(_step_seed(schedule.seed, stage, step))
         optimizer.zero_grad()
-        loss = step_loss(generator)
+        with torch.autocast(device.type, torch.bfloat16, enabled=schedule.bfloat16):
+            loss = step_loss(generator)
         if not torch.isfinite(loss):
             raise CoordinatorError(
                 f"{stage}: the loss is not finite at step {step}", remedy="lower the learning rate"
@@ -492,6 +496,12 @@ class _ResumableState:
             history[:] = [(int(step), float(loss)) for step, loss in tensors["history"]]
             best.update({name: torch.from_numpy(array) for name, array in parts.get("best", {}).items()})
         return int(metadata["step"])
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this processor computes in bfloat16, and not only by way of float32."""
+    able = torch.cpu.get_capabilities()
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 
 def _device(module: nn.Module) -> torch.device:

@@ -17,7 +17,6 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
-from Crypto.Protocol import SecretSharing
 from knowledge import Knowledge, Upload
 
 from privacy.secagg import server_collections, server_rounds, site_keys, site_masking
@@ -32,27 +31,11 @@ from shared.wire import Envelope
 WEIGHTS, WORK = b"\x01" * 32, b"\x02" * 32
 
 
-def fast_product(one: Any, other: Any) -> Any:
-    """The product of pycryptodome's elements of GF(2^128), without its constant time."""
-    left, right, product = one._value, other._value, 0
-    if right > left:
-        left, right = right, left
-    while right:
-        if right & 1:
-            product ^= left
-        left <<= 1
-        right >>= 1
-    while (excess := product.bit_length() - 129) >= 0:
-        product ^= one.irr_poly << excess
-    return SecretSharing._Element(product)
-
-
 @contextmanager
 def each_input_once() -> Iterator[None]:
-    """The same signature is verified, the same pair of keys agreed, the same field element inverted by
-    every site: within a schedule each distinct input is computed once, by the real functions, and recalled.
-    Shares are multiplied without constant time."""
-    verify, inverse = VerifyKey.verify_raw, SecretSharing._Element.inverse
+    """The same signature is verified, the same pair of keys agreed by every site: within a schedule each
+    distinct input is computed once, by the real functions, and recalled."""
+    verify = VerifyKey.verify_raw
 
     @functools.cache
     def verifies(key: VerifyKey, signature: bytes, message: bytes) -> bool:
@@ -67,15 +50,10 @@ def each_input_once() -> Iterator[None]:
             raise BadSignatureError("does not verify")
 
     agree = functools.cache(site_keys.agree)
-    inverted = functools.cache(lambda value: inverse(SecretSharing._Element(value)))
     with ExitStack() as stack:
         stack.enter_context(patch.object(VerifyKey, "verify_raw", recalled))
         for module in (site_keys, site_masking, server_collections, server_rounds):
             stack.enter_context(patch.object(module, "agree", agree))
-        stack.enter_context(
-            patch.object(SecretSharing._Element, "inverse", lambda element: inverted(element._value))
-        )
-        stack.enter_context(patch.object(SecretSharing._Element, "__mul__", fast_product))
         yield
 
 

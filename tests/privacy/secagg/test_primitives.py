@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import random
 
 import numpy as np
 import pytest
+from Crypto.Protocol.SecretSharing import Shamir
 
 from privacy.keystream import Keystream
 from privacy.secagg import prg
@@ -39,6 +41,35 @@ def test_known_answer_of_shamir():
     blocks = [int.from_bytes(SECRET[start : start + 16], "big") for start in (0, 16)]
     shares = {index: b"".join((block ^ index).to_bytes(16, "big") for block in blocks) for index in (1, 2)}
     assert combine_shares(shares, threshold=2) == SECRET
+
+
+@pytest.mark.parametrize(("threshold", "n_shares"), [(1, 1), (2, 3), (3, 3), (7, 12), (12, 20)])
+def test_shares_are_those_of_the_library(threshold, n_shares):
+    """What pycryptodome splits, ours combines, and the other way round."""
+    chosen = random.Random(threshold).sample(range(1, n_shares + 1), threshold)
+    ours = dict(enumerate(split_secret(SECRET, threshold=threshold, n_shares=n_shares), start=1))
+    for block in (slice(0, 16), slice(16, 32)):
+        assert Shamir.combine([(index, ours[index][block]) for index in chosen]) == SECRET[block]
+    theirs = [dict(Shamir.split(threshold, n_shares, SECRET[block])) for block in (slice(16), slice(16, 32))]
+    joined = {index: theirs[0][index] + theirs[1][index] for index in chosen}
+    assert combine_shares(joined, threshold=threshold) == SECRET
+
+
+def test_coefficients_are_fresh_for_each_secret_and_block():
+    """One coefficient used twice shows in the sum of two shares, which is then that of the secrets."""
+    shares = [split_secret(SECRET, threshold=2, n_shares=2)[0] for _ in range(200)]
+    coefficients = {
+        int.from_bytes(share[start : start + 16]) ^ int.from_bytes(SECRET[start : start + 16])
+        for share in shares
+        for start in (0, 16)
+    }
+    assert len(coefficients) == 400
+
+
+@pytest.mark.parametrize(("threshold", "n_shares"), [(0, 3), (4, 3), (1, 0)])
+def test_a_threshold_that_no_shares_can_have_is_refused(threshold, n_shares):
+    with pytest.raises(ValueError, match="cannot have a threshold"):
+        split_secret(SECRET, threshold=threshold, n_shares=n_shares)
 
 
 def test_a_hundred_sites():

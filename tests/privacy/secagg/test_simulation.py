@@ -8,15 +8,12 @@ with c of the sites colluding, over fewer than t - c others; no key, seed or mas
 
 from __future__ import annotations
 
-import itertools
-import random
 from collections import Counter
 
 import pytest
-from Crypto.Protocol import SecretSharing
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from simulated_world import World, fast_product, simulate
+from simulated_world import World, simulate
 
 from privacy.secagg import site_rounds, site_unmasking
 
@@ -85,14 +82,6 @@ def test_what_the_network_does_is_met_by_the_named_refusals(consortium):
     world.check()
     assert set(world.refusals) >= {"attempt_not_new", "out_of_order", "attempt_closed"}
     assert set(world.faults) & {"late", "repeated"}
-
-
-def test_the_faster_product_is_that_of_the_library():
-    chance = random.Random(5)
-    values = [0, 1, 2, 2**128 - 1, 2**127] + [chance.getrandbits(128) for _ in range(20)]
-    elements = [SecretSharing._Element(value) for value in values]
-    for one, other in itertools.product(elements, repeat=2):
-        assert fast_product(one, other)._value == (one * other)._value
 
 
 def test_a_site_that_forgets_to_close_is_noticed(consortium, monkeypatch):

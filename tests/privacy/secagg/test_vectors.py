@@ -15,6 +15,7 @@ import pytest
 
 from privacy.dp.quantization import quantize
 from privacy.keystream import Keystream
+from privacy.secagg import shamir
 from privacy.secagg.keys import (
     UnsealingError,
     WeakKeyError,
@@ -147,8 +148,8 @@ def test_streams_and_masked_vectors() -> None:
 @pytest.mark.parametrize("case", load("shares")["cases"], ids=lambda c: f"{c['threshold']}of{c['n_shares']}")
 def test_shares(case: dict[str, Any]) -> None:
     t, n, secret = case["threshold"], case["n_shares"], hexed(case["secret"])
-    drawn = iter([hexed(item) for block in case["coefficients"] for item in block])
-    with patch("Crypto.Protocol.SecretSharing.rng", lambda _: next(drawn)):
+    drawn = (hexed(first + second) for first, second in zip(*case["coefficients"], strict=True))
+    with patch.object(shamir, "random_coefficients", lambda: next(drawn)):
         assert [share.hex() for share in split_secret(secret, threshold=t, n_shares=n)] == case["shares"]
     shares = {index: hexed(share) for index, share in enumerate(case["shares"], start=1)}
     some = {index: shares[index] for index in case["combined_from"]}

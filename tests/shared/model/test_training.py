@@ -90,6 +90,27 @@ def test_the_prior_learns_and_the_best_held_out_weights_are_kept() -> None:
     assert min(loss for _, loss in history) < 0.8 * start
 
 
+def test_bfloat16_is_for_the_passes_alone_and_learns_as_well() -> None:
+    schedule = TrainingSchedule(
+        steps=80, batch_size=16, learning_rate=5e-3, seed=3, ema_decay=0.9, bfloat16=True
+    )
+    types = {"training": set[torch.dtype](), "held out": set[torch.dtype]()}
+
+    def note(module: torch.nn.Module, _: object, output: Tensor) -> None:
+        if isinstance(module, torch.nn.Conv3d):
+            types["training" if torch.is_grad_enabled() else "held out"].add(output.dtype)
+
+    handle = torch.nn.modules.module.register_module_forward_hook(note)
+    try:
+        denoiser, history = _train_prior(None, schedule)
+    finally:
+        handle.remove()
+    assert types == {"training": {torch.bfloat16}, "held out": {torch.float32}}
+    assert {p.dtype for p in denoiser.parameters()} == {torch.float32}
+    _, in_float32 = _train_prior(None, replace(schedule, bfloat16=False))
+    assert min(loss for _, loss in history) < 1.02 * min(loss for _, loss in in_float32)
+
+
 def test_autoencoder_resumes_exactly_and_normalises_public_latents(tmp_path: Path) -> None:
     g = torch.Generator().manual_seed(0)
     image = torch.rand((6, 1, *MICRO.grid_shape), generator=g)

@@ -6,14 +6,17 @@ The messages are the real state machines'. Key-set digest, terms and masked vect
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from privacy.secagg import shamir
 from privacy.secagg.messages import (
     REQUESTS,
     ConfirmRequest,
@@ -87,6 +90,13 @@ class RecordedSite:
             entropy=RecordedSecrets(SECRETS[site]),
         )
 
+    def _coefficients(self) -> Iterator[bytes]:
+        """Numbered by secret, then block, then power from the highest down."""
+        higher = PARAMETERS["threshold"] - 1
+        for start in itertools.count(0, 2 * higher):
+            for i in range(start, start + higher):
+                yield b"".join(material(f"{self._site} shamir {j}", 16) for j in (i, i + higher))
+
     def answer(self, frame: bytes) -> bytes:
         """Raises what the parsers and the state machine raise."""
         envelope = decode(frame)
@@ -96,8 +106,7 @@ class RecordedSite:
             case "secagg_advertise":
                 reply = self._protocol.advertise(request, lambda: LEDGER_HEAD)
             case "secagg_share":
-                coefficients = (material(f"{self._site} shamir {i}", 16) for i in range(1000))
-                with patch("Crypto.Protocol.SecretSharing.rng", lambda _: next(coefficients)):
+                with patch.object(shamir, "random_coefficients", partial(next, self._coefficients())):
                     reply = self._protocol.share(request)
             case "secagg_upload":
                 vector = np.array(VECTORS[self._site], dtype=np.int64)
