@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from shared.model.presets import PRESETS, ModelPreset
 CLIP = 0.1
 N_CONDITIONS = 2
 REPEATS = 5
+ONE_DRAW_A_PASS = "engine, 1 draw a pass"
 PEERS = ("opacus hooks", "opacus functorch", "opacus ghost")
 Step = Callable[[], object]
 
@@ -76,7 +78,7 @@ CPU_CASES = (
     Case(preset="tiny", edge=8, samples=64, draws=4, microbatch=8),
     Case(preset="tiny", edge=8, samples=64, draws=8, microbatch=4),
     Case(preset="base", edge=16, samples=4, draws=1, microbatch=2, peers=PEERS),
-    Case(preset="base", edge=16, samples=4, draws=4, microbatch=1),
+    Case(preset="base", edge=16, samples=4, draws=4, microbatch=1, peers=(ONE_DRAW_A_PASS,)),
 )
 CUDA_CASES = (
     Case(preset="tiny", edge=8, samples=4096, draws=1, microbatch=512, repeats=3),
@@ -121,7 +123,7 @@ class Bench:
         """Forward and backward pass, gradients of the mean loss."""
         return torch.autograd.grad(self.losses(self.network, self.batch).mean(), [p for _, p in self.params])
 
-    def engine(self, samples: int | None = None) -> Tensor:
+    def engine(self, samples: int | None = None, draws_per_pass: int | None = None) -> Tensor:
         """Clipped sum over the patients of the first ``samples`` samples, as ``PatientGradients`` does it."""
         case = self.case
         size = case.microbatch * case.draws
@@ -132,7 +134,10 @@ class Bench:
         with book.hooked() as network:
             for start in range(0, samples or case.samples, size):
                 part = tuple(x[start : start + size] for x in self.batch)
-                torch.autograd.backward(self.losses(network, part).sum() / case.draws)
+                by_patient = [x.reshape(-1, case.draws, *x.shape[1:]) for x in part]
+                for draws in torch.arange(case.draws).split(draws_per_pass or case.draws):
+                    some = tuple(x[:, draws].flatten(0, 1) for x in by_patient)
+                    torch.autograd.backward(self.losses(network, some).sum() / case.draws)
                 gradients = book.collect()
                 gradients.add_scaled(total, clip_factors(gradients.squared_norms(), CLIP))
         return total.vector()
@@ -195,7 +200,12 @@ class Bench:
 
     def step(self, name: str) -> Step:
         """A step by its row's name."""
-        return self.plain if name == "plain step" else self.engine if name == "engine" else self.opacus(name)
+        own: dict[str, Step] = {
+            "plain step": self.plain,
+            "engine": self.engine,
+            ONE_DRAW_A_PASS: partial(self.engine, draws_per_pass=1),
+        }
+        return own.get(name) or self.opacus(name)
 
 
 def run() -> str:
@@ -334,18 +344,18 @@ def _profile(case: Case) -> str:
 
 
 def run_cuda() -> None:
-    """Tables of a GPU, flushed one by one: forms of convolutions, exactness, then steps."""
+    """Tables of a GPU, flushed one by one: steps (small batches first), exactness, forms of convolutions."""
     print(torch.cuda.get_device_name(), "torch", torch.__version__, flush=True)
     torch.backends.cudnn.benchmark = True
-    print(_forms_table(), flush=True)
-    print(_exactness_table(), flush=True)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
-    for case in CUDA_CASES:
+    for case in sorted(CUDA_CASES, key=lambda case: case.samples):
         for low in (None, torch.bfloat16):
             if importlib.util.find_spec("opacus") is None or low is not None:
                 case = replace(case, peers=())
             print(_table(case, "cuda", low), "\n", flush=True)
             torch.cuda.empty_cache()
+    print(_exactness_table(), flush=True)
+    print(_forms_table(), flush=True)
 
 
 def _forms_table() -> str:
