@@ -71,7 +71,7 @@ def three_planes(image: Volume, mask: Volume | None) -> Plane:
 def data_address(picture: Plane) -> str:
     """A picture as an address that holds it (PNG)."""
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, format="PNG", optimize=True)
+    Image.fromarray(picture).save(buffer, format="PNG", compress_level=3)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
