@@ -11,6 +11,7 @@ import inspect
 import pytest
 import test_cheating_server
 import test_cheating_site
+import test_site_secrets
 import test_whole_attempts
 from removed_checks import raises, removed
 
@@ -204,6 +205,7 @@ def play(name, consortium, monkeypatch, case):
     for module, size in (
         (test_cheating_server, (4, 1, 3)),
         (test_cheating_site, (5, 1, 4)),
+        (test_site_secrets, (4, 1, 3)),
         (test_whole_attempts, (3, 1, 3)),
     ):
         if (test := getattr(module, name, None)) is not None:
