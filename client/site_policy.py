@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from shared.errors import RefusedError, SiteError
 from shared.home import write_private
 from shared.identity import VerifyKey
-from shared.study_plan import Identifier, Mode, StudyPlan, TrainableSubset
+from shared.study_plan import AuditClause, Identifier, Mode, Sha256Hex, StudyPlan, TrainableSubset
 
 Fingerprint = Annotated[str, Field(pattern=r"^SHA256:([0-9a-f]{4}-){15}[0-9a-f]{4}$")]
 
@@ -61,7 +61,7 @@ class SitePolicy(BaseModel):
     allowed_trainable: tuple[TrainableSubset, ...] = ("all", "attention", "conditioning", "low_rank")
     allow_unprotected: bool = False
     """True admits mode ``unprotected``, which plans may use with simulated data only."""
-    max_auc: float = Field(default=0.6, ge=0.5, lt=1)
+    max_auc: float = Field(default=0.55, ge=0.5, lt=1)
     """Largest AUC up to which a plan's gate may let the membership attack pass."""
     max_power_at_auc: float = Field(default=0.9, gt=0.5, lt=1)
     min_power: float = Field(default=0.5, ge=0, le=1)
@@ -71,6 +71,11 @@ class SitePolicy(BaseModel):
     min_significance: float = Field(default=0.05, gt=0, lt=0.5)
     """A plan with a smaller level blocks less easily."""
     min_copy_samples: int = Field(default=500, ge=0)
+    require_copy_embedding: bool = False
+    """True refuses plans that name no embedding for the copy check: they would compare latents, in which a
+    mirrored or shifted copy is far from its original."""
+    copy_embedding_sha256: Sha256Hex | None = None
+    """The one embedding's file that a plan may name; None: any."""
     min_mechanism_canaries: int = Field(default=0, ge=0)
     """Least canaries of the mechanism audit that a plan asks every site's installation to pass; 0: a plan
     may ask for none. Mode ``distributed`` only, the one that this audit covers."""
@@ -181,6 +186,18 @@ class SitePolicy(BaseModel):
         ]
         if audit.low_power == "accept" and not self.allow_low_power:
             failed.append("allow_low_power: the plan releases also where the audit is too blind to see much")
+        return failed + self._copy_refusals(audit)
+
+    def _copy_refusals(self, audit: AuditClause) -> list[str]:
+        """Where the plan looks for copies in another space than this policy asks for."""
+        named, wanted = audit.copy_embedding_sha256, self.copy_embedding_sha256
+        failed = []
+        if self.require_copy_embedding and named is None:
+            failed.append("require_copy_embedding: the plan names no embedding for the copy check")
+        if wanted is not None and named != wanted:
+            failed.append(
+                f"copy_embedding_sha256: plan has {'none' if named is None else named}, policy wants {wanted}"
+            )
         return failed
 
     def _identity_refusals(self, plan: StudyPlan, *, own_site: str, own_key: VerifyKey) -> list[str]:

@@ -330,7 +330,7 @@ class AuditClause(Clause):
     low_power: Literal["refuse", "accept"] = "refuse"
     min_power: float = Field(default=0.5, ge=0, le=1)
     """Power, against an attack of AUC ``power_at_auc``, below which the audit counts as blind."""
-    max_auc: float = Field(default=0.6, ge=0.5, lt=1)
+    max_auc: float = Field(default=0.55, ge=0.5, lt=1)
     """The gate refuses when the lower end of the pooled attack's AUC interval is above this."""
     power_at_auc: float = Field(default=0.9, gt=0.5, lt=1)
     secondary_attacks: tuple[SecondaryAttackClause, ...] = Field(default=(), max_length=16)

@@ -90,6 +90,17 @@ def pooled_auc_interval(histograms: NoisedHistograms, *, error: float) -> Interv
     return Interval(estimate=min(max(estimate, 0.0), 1.0), low=low, high=high, error=error)
 
 
+def lies_above(histograms: NoisedHistograms, value: float, *, error: float) -> bool:
+    """Whether the low end of :func:`pooled_auc_interval` is above ``value``, without the search for that end.
+
+    False where the noised totals cannot carry a figure. For simulations, which ask it thousands of times.
+    """
+    if not histograms.carries_figure:
+        return False
+    excess = _auc(histograms.members_B, histograms.held_out_B) - value
+    return excess > float(stats.norm.isf(error)) * math.sqrt(_variance_curve(histograms)(value))
+
+
 def pooled_power(histograms: NoisedHistograms, *, true_auc: float, bound: float, error: float) -> float:
     """Probability that the interval's low end would exceed ``bound`` under an attack of AUC ``true_auc``.
 

@@ -16,6 +16,7 @@ NAMES = (
     "secagg_cost",
     "leaks",
     "null_runs",
+    "operating_characteristic",
     "copies",
 )
 LONG = ("modes_compared",)

@@ -13,7 +13,7 @@ from collections import Counter
 import numpy as np
 
 from privacy.audit.bounds import clopper_pearson
-from tests.benchmarks.leaks.judging import SETTINGS, Gate, Repetition, read_scores
+from tests.benchmarks.leaks.judging import DEFAULT_MAX_AUC, SETTINGS, Gate, Repetition, read_scores
 
 RUNS = 200
 """For each setting and number of members."""
@@ -34,14 +34,14 @@ def run() -> str:
             blind = outcomes["too blind"]
             found = RUNS - blind - outcomes["pass"]
             total, blocks = total + RUNS, blocks + found
-            lines.append(f"{members} members, {setting:11} counts: {_words(found, RUNS)}; too blind: {blind}")
+            lines.append(f"{members} members, {setting:12} counts: {_words(found, RUNS)}; too blind: {blind}")
     lines.append(f"all: {_words(blocks, total)}")
     lines.append(f"stated level of one audit, all tests together: {level:.4f}")
     return "\n".join(lines)
 
 
 def null_outcomes(
-    repetitions: list[Repetition], *, members: int, runs: int, noised: bool, max_auc: float = 0.6
+    repetitions: list[Repetition], *, members: int, runs: int, noised: bool, max_auc: float = DEFAULT_MAX_AUC
 ) -> tuple[Counter[str], float]:
     """Outcomes of ``runs`` relabelings, the repetitions and their later steps in turn; and the level.
 

@@ -24,7 +24,7 @@ from tests.benchmarks.leaks.judging import (  # noqa: E402
 from tests.benchmarks.null_runs import null_outcomes  # noqa: E402
 
 STEPS = (0, 10, 100)
-TRUE_AUC = (0.5, 0.66, 0.95)
+TRUE_AUC = (0.5, 0.58, 0.95)
 MEMBERS, OTHERS = 100, 396
 
 

@@ -53,12 +53,19 @@ ONE_CLAUSE: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("allowed_presets", {"allowed_presets": ("tiny",)}, {}),
     ("allowed_trainable", {"allowed_trainable": ("attention", "low_rank")}, {}),
     ("require_officer_approval", {}, {"release__officer_approval": False}),
-    ("max_auc", {}, {"audit__max_auc": 0.61}),
+    ("max_auc", {}, {"audit__max_auc": 0.56}),
     ("max_power_at_auc", {}, {"audit__power_at_auc": 0.95}),
     ("min_power", {}, {"audit__min_power": 0.49}),
     ("allow_low_power", {}, {"audit__low_power": "accept"}),
     ("min_significance", {}, {"audit__significance": 0.01}),
     ("min_copy_samples", {}, {"audit__copy_samples": 499}),
+    ("require_copy_embedding", {"require_copy_embedding": True}, {}),
+    ("copy_embedding_sha256", {"copy_embedding_sha256": "ab" * 32}, {}),
+    (
+        "copy_embedding_sha256",
+        {"copy_embedding_sha256": "ab" * 32},
+        {"audit__copy_embedding_sha256": "cd" * 32},
+    ),
     ("min_mechanism_canaries", {"min_mechanism_canaries": 1}, {}),
     ("max_copied_share", {}, {"audit__max_copied_patients": 11}),
     ("max_audit_attempts", {"max_audit_attempts": 1}, {}),
@@ -88,6 +95,23 @@ def test_each_clause_refuses_by_its_name_alone(
 ) -> None:
     failed = refusals(pinned(**policy), small_plan(KEYS, **plan))
     assert [line.split(":")[0] for line in failed] == [clause]
+
+
+def test_a_plan_with_the_embedding_that_is_asked_for_is_approved(tmp_path: Path) -> None:
+    plan = small_plan(KEYS, audit__copy_embedding_sha256="ab" * 32)
+    policy = pinned(require_copy_embedding=True, copy_embedding_sha256="ab" * 32)
+    save_policy(policy, tmp_path / "policy.toml")
+    assert load_policy(tmp_path / "policy.toml") == policy
+    assert refusals(policy, plan) == ()
+    (line,) = refusals(policy, small_plan(KEYS, audit__copy_embedding_sha256="cd" * 32))
+    assert "cd" * 32 in line and "ab" * 32 in line
+    for wrong in ("AB" * 32, "ab" * 31, "any"):
+        with pytest.raises(InvalidPolicyError, match="copy_embedding_sha256"):
+            policy.changed(f'copy_embedding_sha256 = "{wrong}"')
+
+
+def test_defaults_of_plan_and_policy_are_the_same_bound() -> None:
+    assert SitePolicy().max_auc == PLAN.audit.max_auc == 0.55
 
 
 def test_a_plan_expires_after_its_last_day_and_what_is_asked_can_be_waived() -> None:

@@ -1,13 +1,13 @@
 """Scores of the attacked networks before the gate's own verdict: table and plot.
 
 The gate is :func:`privacy.audit.verdict.compute_verdict` under a plan as ``lacuna coordinator plan new``
-proposes one (three hospitals, significance 0.05, largest AUC 0.6), in three settings:
+proposes one (three hospitals, significance 0.05, the default ``max_auc`` of 0.55), in four settings:
 
 - ``exact``: a plan in mode ``unprotected``, which these networks were trained in: counts carry no noise. (A
   plan without noise exists for simulated data only; the flag is set here for that reason alone.)
-- ``exact, 0.55``: the same with a stricter ``max_auc``.
 - ``noised``: a plan for epsilon 8 at delta 1e-5 that promised protection which was not there; counts carry
   the noise that the plan charges for.
+- ``exact, 0.60`` and ``noised, 0.60``: the same with a laxer ``max_auc``.
 
 A repetition's ``true`` AUC is nobody's to know; the mean over repetitions of the AUC against all non-members
 stands for it.
@@ -31,12 +31,13 @@ from privacy.audit.proposal import propose_audit
 from privacy.audit.verdict import PlantedLeak, PooledVerdict, attack_bound, compute_verdict, level_of_test
 from privacy.dp.calibration import propose_privacy
 from server.planning import _audit_share
-from shared.study_plan import StudyPlan, parse_plan
+from shared.study_plan import AuditClause, StudyPlan, parse_plan
 from tests.small_plan import Keys, plan_document
 
 FOLDER = Path(__file__).parent
 SCORES = FOLDER / "scores.npz"
 SITES = ("site-0", "site-1", "site-2")
+DEFAULT_MAX_AUC: float = AuditClause.model_fields["max_auc"].default
 NOISE_DRAWS = 8
 """Draws of the counts' noise (and of the members' coins) for each repetition and step."""
 
@@ -130,10 +131,15 @@ class Gate:
     planted: PlantedLeak
 
     @classmethod
-    def of(cls, repetition: Repetition, *, noised: bool, max_auc: float = 0.6) -> Gate:
+    def of(cls, repetition: Repetition, *, noised: bool, max_auc: float = DEFAULT_MAX_AUC) -> Gate:
         """As a plan for this repetition's public figures would have it."""
         return cls(
-            plan=_plan(tuple(repetition.chosen_by_loss), repetition.n_members, noised, max_auc),
+            plan=plan_of_benchmark(
+                tuple(repetition.chosen_by_loss),
+                members=repetition.n_members,
+                epsilon=8.0 if noised else None,
+                max_auc=max_auc,
+            ),
             planted=PlantedLeak(auc=repetition.planted_auc, n_planted=8, n_fresh=8),
         )
 
@@ -162,8 +168,11 @@ class Gate:
 
 
 @cache
-def _plan(public_losses: tuple[float, ...], members: int, noised: bool, max_auc: float) -> StudyPlan:
-    epsilon = 8.0 if noised else None
+def plan_of_benchmark(
+    public_losses: tuple[float, ...], *, members: int, epsilon: float | None, max_auc: float
+) -> StudyPlan:
+    """As ``plan new`` would propose one; counts carry no noise where ``epsilon`` is None."""
+    noised = epsilon is not None
     document = plan_document(Keys.of(len(SITES)))
     proposed = propose_privacy(
         mode="distributed" if noised else "unprotected", epsilon=epsilon, delta=1e-5, clip_norm=1.0,
@@ -205,8 +214,9 @@ class Row:
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "exact": {"noised": False},
-    "exact, 0.55": {"noised": False, "max_auc": 0.55},
+    "exact, 0.60": {"noised": False, "max_auc": 0.60},
     "noised": {"noised": True},
+    "noised, 0.60": {"noised": True, "max_auc": 0.60},
 }
 """Arguments of :meth:`Gate.of`."""
 

@@ -6,7 +6,14 @@ import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tests.benchmarks.leaks.judging import ATTACKS, SETTINGS, Repetition, Row, blocking_step
+from tests.benchmarks.leaks.judging import (
+    ATTACKS,
+    DEFAULT_MAX_AUC,
+    SETTINGS,
+    Repetition,
+    Row,
+    blocking_step,
+)
 
 TITLES = {
     "hippocampus-40": "hippocampus MR, 40 patients",
@@ -24,8 +31,8 @@ AUC_LIMIT = 0.70
 
 INTRO = (
     "Settings of the gate: `exact`, counts without noise, as in the mode `unprotected` that these "
-    "networks were trained in; `exact, 0.55`, the same with `max_auc = 0.55` in place of the default 0.6; "
-    "`noised`, the pooled counts of a plan for epsilon 8 that promised protection which was not there. "
+    "networks were trained in; `noised`, the pooled counts of a plan for epsilon 8 that promised protection "
+    f"which was not there; both with the default `max_auc = {DEFAULT_MAX_AUC:.2f}`, and with 0.60. "
     "`invalid` is a refusal too: too blind to say anything. At step 0 the candidate is the prior, all "
     "scores are 0, and exact counts are refused as blind.\n\n"
     "The unit of the adrenal sets is the gland: the files name no patients, and two glands of one person "
@@ -53,7 +60,8 @@ def write_table(rows: Mapping[str, Sequence[Row]], examples: Mapping[str, Repeti
             "",
             f"{example.n_members} members and {others} non-members in each of {own[0].repetitions} draws. "
             "For each attack: mean AUC, and in brackets its power: the share of draws in which its interval, "
-            "on exact scores as a hospital sees them, lies above 0.6. Gate: share of verdicts that block.",
+            f"on exact scores as a hospital sees them, lies above {DEFAULT_MAX_AUC:.2f}. Gate: share of "
+            "verdicts that block.",
             "",
             f"| step | {' | '.join([NAMES[a] for a in ATTACKS] + [f'gate, {s}' for s in SETTINGS])} |",
             "| ---: |" + " ---: |" * (len(ATTACKS) + len(SETTINGS)),
@@ -130,7 +138,7 @@ def draw_plot(rows: Mapping[str, Sequence[Row]], path: Path) -> None:
             known = [(row.step, row.aucs[name]) for row in own if row.aucs[name] is not None]
             width = 2.0 if name == "calibrated_loss" else 1.0
             panel.plot(*zip(*known, strict=True), label=f"AUC, {NAMES[name]}", linewidth=width, marker=".")
-        for setting, style in zip(SETTINGS, ("-", "--", ":"), strict=True):
+        for setting, style in zip(SETTINGS, ("-", "--", ":", "-."), strict=True):
             blocked = [row.blocked[setting] for row in own]
             panel.plot(steps, blocked, color="black", linestyle=style, label=f"blocked, {setting} counts")
         panel.set_xscale("symlog", linthresh=10)

@@ -9,6 +9,7 @@ from scipy import stats
 from privacy.audit.bounds import auc
 from privacy.audit.pooled_auc import (
     NoisedHistograms,
+    lies_above,
     noised_histograms,
     planned_power,
     pooled_auc_interval,
@@ -101,6 +102,20 @@ def test_power_is_what_simulation_gives(n_members: int, n_held_out: int, least: 
         rejected += interval is not None and interval.low > 0.6
     assert planned > least
     assert rejected / 1000 == pytest.approx(planned, abs=0.11)
+
+
+@pytest.mark.parametrize("cell", [0.0, CELL])
+def test_what_lies_above_a_value_is_what_the_interval_says(cell: float) -> None:
+    """Values next to the low end on both sides, 1e-6 away: the search for the end stops at 1e-12."""
+    rng = np.random.default_rng(9)
+    for _ in range(100):
+        histograms, _ = _draw(rng, float(rng.uniform(0.3, 2.0)), 120, 60, cell)
+        interval = pooled_auc_interval(histograms, error=ERROR)
+        assert interval is not None
+        if 1e-6 < interval.low < interval.estimate:
+            assert lies_above(histograms, interval.low - 1e-6, error=ERROR)
+            assert not lies_above(histograms, interval.low + 1e-6, error=ERROR)
+    assert not lies_above(noised_histograms([3, 2], [1, 1], members_std=0, held_out_std=0), 0.1, error=ERROR)
 
 
 def test_bins_that_everybody_shares_have_no_power() -> None:
