@@ -9,12 +9,13 @@ from __future__ import annotations
 import base64
 import io
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from client.auditor import LocalAudit
+from client.auditor import LocalAudit, SecondaryFigures
 from client.nearest_neighbours import Picture
 from privacy.audit.bounds import FloatArray, Interval, gaussian_trade_off
 from privacy.audit.verdict import attack_bound
@@ -29,13 +30,16 @@ NEAREST_IN_TABLE = 12
 _SCALE = 4
 
 
-def site_audit_page(record: dict[str, Any], plan: StudyPlan, *, site_id: str, at: str) -> str:
+def site_audit_page(
+    record: dict[str, Any], plan: StudyPlan, *, site_id: str, at: str, signed: Sequence[str] = ()
+) -> str:
     """Render the site's ``audit.json``.
 
     Args:
         record: Its content.
         plan: The approved plan.
         at: Time, for the head of the page.
+        signed: What the site signed about the pooled counts (:func:`client.audit_view.signed_lines`).
 
     Raises:
         MalformedMessageError: not such a record.
@@ -53,7 +57,9 @@ def site_audit_page(record: dict[str, Any], plan: StudyPlan, *, site_id: str, at
         attempt=record["attempt"],
         candidate=str(record["candidate_sha256"]),
         ceiling=ceiling,
-        roc=_roc(audit, plan),
+        signed=signed,
+        roc=_roc(audit.member_scores, audit.held_out_scores, plan, "the primary attack"),
+        secondary=[_secondary(figures, plan) for figures in audit.secondary],
         attack=_interval(
             audit.attack, (attack_bound(plan), "the gate's bound for all hospitals together", "limit")
         ),
@@ -92,8 +98,22 @@ def roc_points(members: FloatArray, held_out: FloatArray) -> list[Point]:
     return [(0.0, 0.0), *points]
 
 
-def _roc(audit: LocalAudit, plan: StudyPlan) -> Any:
-    points = roc_points(audit.member_scores, audit.held_out_scores)
+def _secondary(figures: SecondaryFigures, plan: StudyPlan) -> dict[str, Any]:
+    """One secondary attack: its interval, its curve and its scores."""
+    members, held_out = figures.member_scores, figures.held_out_scores
+    return {
+        "name": figures.attack,
+        "auc": figures.auc,
+        "pooled": figures.pooled,
+        "interval": _interval(figures.auc),
+        "roc": _roc(members, held_out, plan, figures.attack),
+        "scores": _dots(members, held_out),
+        "lost": int(sum((~np.isfinite(group)).sum() for group in (members, held_out))),
+    }
+
+
+def _roc(members: FloatArray, held_out: FloatArray, plan: StudyPlan, attack: str) -> Any:
+    points = roc_points(members, held_out)
     if not points:
         return None
     rates = np.concatenate([[0.0], np.logspace(-4, -1, 40), np.linspace(0.11, 1, 60)])
@@ -110,7 +130,7 @@ def _roc(audit: LocalAudit, plan: StudyPlan) -> Any:
         shaded=shaded,
         x_title="false alarms: held-out patients taken for members",
         y_title="hits: members recognised",
-        label="ROC curve of the membership attack at this site",
+        label=f"ROC curve at this site: {attack}",
     )
 
 
@@ -126,12 +146,12 @@ def _interval(interval: Interval | None, *marks: tuple[float, str, str]) -> Any:
     )
 
 
-def _dots(members: FloatArray, held_out: FloatArray, mark: tuple[float, str, str]) -> Any:
+def _dots(members: FloatArray, held_out: FloatArray, *marks: tuple[float, str, str]) -> Any:
     groups = [[float(value) for value in group if math.isfinite(value)] for group in (members, held_out)]
     if not any(groups):
         return None
     rows = [("trained on", "member", groups[0]), ("held out", "held-out", groups[1])]
-    return dots_on_axis(rows=rows, marks=[mark], label="one dot for each patient")
+    return dots_on_axis(rows=rows, marks=marks, label="one dot for each patient", with_zero=bool(marks))
 
 
 def _nearest(audit: LocalAudit) -> list[dict[str, Any]]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from client.audit_part import AuditPart
 from client.auditor import LocalAudit
 from privacy.audit.bounds import Interval
+from shared.study_plan import StudyPlan
 
 
 def audit_lines(record: dict[str, Any]) -> list[str]:
@@ -34,6 +36,24 @@ def audit_lines(record: dict[str, Any]) -> list[str]:
         lines.append(f"epsilon that the attack proves: at least {audit.epsilon_lower_bound:.2f}")
     if audit.mu_lower_bound is not None:
         lines.append(f"mu that it proves if the mechanism is Gaussian: at least {audit.mu_lower_bound:.2f}")
+    return lines
+
+
+def signed_lines(part: AuditPart | None, plan: StudyPlan, *, site_id: str) -> list[str]:
+    """What this site signed about the pooled counts, and whether its own part can be in them."""
+    if part is None or part.signed is None:
+        return ["no verdict was signed here on pooled counts yet"]
+    survivors, _ = part.signed
+    lines = [f"verdict signed on the pooled counts of {', '.join(survivors)}"]
+    missing = part.missing_cells(plan, site_id=site_id)
+    if missing:
+        lines.append(
+            "WARNING: these counts lie too far below what this site put in, in "
+            f"{', '.join(missing)}: they are not the sum. Ask the coordinator; "
+            "lacuna site audit --veto refuses the release."
+        )
+    elif site_id in survivors:
+        lines.append("they lie nowhere too far below this site's own part; that does not prove them")
     return lines
 
 

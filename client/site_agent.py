@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from client.audit_part import AuditPart
 from client.site_home import SiteHome
 from privacy.audit.canary_opening import CanaryOpening
 from privacy.audit.counts import CountsLayout
@@ -238,7 +239,7 @@ class SiteAgent:
             case ConfirmRequest.KIND:
                 return self._secagg.confirm(ConfirmRequest.from_envelope(part)).to_envelope()
             case UnmaskRequest.KIND:
-                return self._secagg.unmask(UnmaskRequest.from_envelope(part)).to_envelope()
+                return self._unmask(UnmaskRequest.from_envelope(part))
         raise RequestRefusedError("unknown_request", f"no part of kind {part.kind!r} is served")
 
     def _upload(self, request: UploadRequest, work: Work | None) -> Envelope:
@@ -260,7 +261,20 @@ class SiteAgent:
         else:
             vector = self._workbench.audit_vector(work.weights, attempt=work.attempt)
         reply = self._secagg.upload(request, vector, **hashes).to_envelope()
+        if not training:
+            part = AuditPart.of_upload(
+                attempt=attempt.attempt, run_id=attempt.run_id, peers=request.peers, vector=vector
+            )
+            part.save(self._directory)
         self._say("uploaded", round=work.round, attempt=work.attempt)
+        return reply
+
+    def _unmask(self, request: UnmaskRequest) -> Envelope:
+        reply = self._secagg.unmask(request).to_envelope()
+        if request.attempt.purpose == "audit":
+            part = AuditPart.load(self._directory)
+            if part is not None and part.attempt == request.attempt.attempt:
+                part.with_survivors(request.survivors).save(self._directory)
         return reply
 
     def _check_budget(self, attempt: AttemptId) -> None:
@@ -301,6 +315,14 @@ class SiteAgent:
             request.candidate_sha256,
         ):
             raise RequestRefusedError("candidate_not_audited", "this site did not audit that candidate")
+        part = AuditPart.load(self._directory)
+        if part is None or part.attempt != request.attempt:
+            raise RequestRefusedError("candidate_not_audited", "this site put nothing into that audit")
+        refused = part.refusal(
+            run_id=request.run_id, survivors=request.survivors, pooled_counts=request.pooled_counts
+        )
+        if refused is not None:
+            raise RequestRefusedError(*refused)
         try:
             statement = make_verdict_statement(
                 self._plan,
@@ -317,6 +339,7 @@ class SiteAgent:
             raise RequestRefusedError(
                 "counts_outside_plan", "no verdict follows from these counts"
             ) from error
+        part.with_signed(request.survivors, request.pooled_counts).save(self._directory)
         self._say("verdict signed", attempt=request.attempt)
         ledger = export_statement(self._ledger.entries(), self._ledger.head(), self._key)
         also = self._evidence_beside(audited)

@@ -13,6 +13,7 @@ from client.ingest.nifti import NiftiFolder
 from client.ingest.quality import CheckedScan, check_scan
 from client.scan_import import keep_covariates
 from privacy.audit.copies import CopyCalibration
+from privacy.audit.proposal import usual_attacks
 from server.pretrain import (
     PublicVolume,
     default_recipe,
@@ -90,9 +91,13 @@ def train_on(
     image_autoencoder: Path | None = None,
     image_denoiser: Path | None = None,
     device: str = "cpu",
+    calibrate_attacks: bool = False,
     progress: Progress | None = None,
 ) -> None:
     """Train the networks on public scans, then calibrate on those that were held out.
+
+    Args:
+        calibrate_attacks: Whether the secondary attacks are measured on those too, for plans that pool them.
 
     Raises:
         CoordinatorError: a public scan is not sound; every problem is named.
@@ -136,6 +141,7 @@ def train_on(
         volumes,
         unseen=held_out_patients(patients, recipe.held_out_share),
         copy_samples=copy_samples,
+        calibrate_attacks=calibrate_attacks,
         progress=progress,
     )
 
@@ -199,11 +205,14 @@ def _calibrate(
     *,
     unseen: list[str] | None,
     copy_samples: int = 500,
+    calibrate_attacks: bool = False,
     progress: Progress | None = None,
 ) -> None:
     recipe = pair.recipe
     advice = recipe.get("private_training", {})
     chosen = advice.get("chosen", {}) if isinstance(advice, dict) else {}
+    guidance = float(chosen.get("guidance_scale", preset_named(str(recipe["preset"])).guidance_scale))
+    kept = recipe.get("secondary_figures", {})
     save_calibration(
         folder,
         calibrate_public(
@@ -219,8 +228,10 @@ def _calibrate(
             subset=str(chosen.get("trainable", "all")),
             copies=_kept_copy_calibration(recipe),
             copy_samples=copy_samples,
+            attacks=usual_attacks(guidance_scale=guidance) if calibrate_attacks and not kept else (),
             progress=progress,
-        ),
+        )
+        | ({"secondary_figures": kept} if kept else {}),
     )
 
 

@@ -7,7 +7,13 @@ from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
-from privacy.audit.proposal import RECOMMENDED_AUDIT_NOISE, SecondaryChoice, propose_audit
+from privacy.audit.proposal import (
+    DEFAULT_POOLED_WEIGHT,
+    RECOMMENDED_AUDIT_NOISE,
+    SecondaryChoice,
+    pool_attacks,
+    propose_audit,
+)
 from privacy.dp.accounting import gaussian_mu
 from privacy.dp.calibration import propose_privacy
 from privacy.dp.execution_plan import check_plan
@@ -50,6 +56,8 @@ class PlanChoices:
     mechanism_canaries: int = 1024
     canaries_per_site: int = 0
     secondary_attacks: SecondaryChoice = "all"
+    pool_attacks: tuple[str, ...] = ()
+    pooled_weight: int = DEFAULT_POOLED_WEIGHT
     min_power: float = 0.5
     low_power: Literal["refuse", "accept"] = "refuse"
     site_approvals: int | None = None
@@ -143,6 +151,13 @@ def draft_plan(choices: PlanChoices, *, roster: RosterClause, public: Path) -> S
             else hash_file(pair.copy_embedding_path),
         }
     )
+    audit = pool_attacks(
+        audit,
+        choices.pool_attacks,
+        public_figures=calibration.get("secondary_figures", {}),
+        weight=choices.pooled_weight,
+        noised=choices.mode != "unprotected",
+    )
     plan = parse_plan(
         {
             "format": "lacuna/study-plan/v1",
@@ -202,6 +217,7 @@ def _check_choices(choices: PlanChoices, *, n_sites: int) -> None:
         (rate is None or 0 < rate <= 10, "server_learning_rate: above 0, at most 10"),
         (0 <= choices.min_power <= 1, "min_power: 0 to 1"),
         (choices.max_colluding >= 1, "max_colluding: at least 1"),
+        (1 <= choices.pooled_weight <= 16, "pooled_weight: 1 to 16"),
         (
             threshold <= n_sites < 2 * threshold - choices.max_colluding,
             f"threshold: above (n + c)/2 and at most n, for n = {n_sites} and c = {choices.max_colluding}",

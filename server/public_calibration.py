@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from privacy.audit.attacks import secondary_scores
 from privacy.audit.copies import CopyCalibration, CopySpace, calibrate_copy_distance
 from privacy.audit.membership import AttackNoise, attack_losses
 from privacy.dp.patient_gradients import PatientGradients
@@ -30,9 +31,15 @@ from shared.model.presets import preset_named
 from shared.model.sampling import sample_latents
 from shared.model.training import encode_batches
 from shared.model.weights import load_weights
-from shared.study_plan import CovariateClause
+from shared.study_plan import CovariateClause, SecondaryAttackClause
 
 CALIBRATION_FILE = "calibration.json"
+FIGURE_QUANTILES = tuple(step / 10 for step in range(11))
+"""Of each secondary attack's figures: what a calibration keeps."""
+
+MOST_ATTACKED = 64
+"""Public patients that the secondary attacks are measured on."""
+
 _SAMPLING_BATCH = 32
 
 Progress = Callable[[str, int, int], None]
@@ -54,6 +61,7 @@ def calibrate_public(
     draws_per_timestep: int = 2,
     copies: CopyCalibration | None = None,
     copy_samples: int = 500,
+    attacks: Sequence[SecondaryAttackClause] = (),
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Figures for ``plan new``.
@@ -67,11 +75,12 @@ def calibrate_public(
             chance.
         unseen: Public patients that the networks were not trained on; None: all of ``volumes``.
         subset: Which parameters the gradient norms are measured over.
+        attacks: Secondary attacks that a plan may pool.
 
     Returns:
         ``public_losses`` (the prior's loss on each unseen public patient), ``copy_distance``,
         ``false_copy_rate`` (for audits of at most ``copy_samples`` samples), ``gradient_norms`` (quartiles
-        over public patients).
+        over public patients), ``secondary_figures`` (see :func:`secondary_figures`).
     """
     preset = preset_named(preset_name)
     autoencoder = build_autoencoder(preset, n_labels=len(labels))
@@ -130,7 +139,30 @@ def calibrate_public(
         "copy_samples": copies.n_samples,
         "subset": subset,
         "gradient_norms": [round(float(q), 5) for q in np.quantile(norms, [0.25, 0.5, 0.75])],
+        "secondary_figures": secondary_figures(prior, fresh[:MOST_ATTACKED], attacks, progress=progress),
     }
+
+
+def secondary_figures(
+    prior: Denoiser,
+    patients: Sequence[PatientScans],
+    attacks: Sequence[SecondaryAttackClause],
+    *,
+    progress: Progress | None = None,
+) -> dict[str, list[float]]:
+    """By ``attack_id``: :data:`FIGURE_QUANTILES` of the attack's figure of public patients on the prior.
+
+    Figures, not scores: the side that speaks for membership and the calibration are left out.
+    """
+    found = {}
+    for attack in attacks:
+        plain = attack.model_copy(update={"calibrated": False, "member_side": "high"})
+        figures = secondary_scores(
+            plain, prior, patients, public_denoiser=prior, plan_digest=bytes(32), progress=progress
+        )
+        quantiles = np.quantile(figures[np.isfinite(figures)], FIGURE_QUANTILES)
+        found[attack.attack_id] = [float(f"{value:.6g}") for value in quantiles]
+    return found
 
 
 def unrelated_samples(

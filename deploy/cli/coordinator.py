@@ -97,6 +97,11 @@ def enrol(request: Path, study_id: str, fingerprint: str, out: Path | None) -> N
     show_default=True,
     help="Calibrate the copy distance for audits of so many samples.",
 )
+@click.option(
+    "--calibrate-attacks",
+    is_flag=True,
+    help="Measure the secondary attacks on held-out public patients too, for plans that pool them.",
+)
 @click.option("--seed", type=int, default=7, show_default=True)
 @click.option("--device", default="cpu", show_default=True, help="Torch device to train on.")
 @click.option(
@@ -122,6 +127,7 @@ def pretrain(
     prior_steps: int | None,
     embedding_steps: int | None,
     copy_samples: int,
+    calibrate_attacks: bool,
     seed: int,
     device: str,
     bfloat16: bool,
@@ -159,6 +165,7 @@ def pretrain(
                 embedding_steps=embedding_steps,
                 bfloat16=bfloat16,
                 copy_samples=copy_samples,
+                calibrate_attacks=calibrate_attacks,
                 seed=seed,
                 device=device,
                 progress=progress,
@@ -206,6 +213,20 @@ def plan_group() -> None:
     default="all",
     show_default=True,
     help="Which secondary attacks each site makes for itself; unguided ones take a third of the time.",
+)
+@click.option(
+    "--pool-attack",
+    "pool_attacks",
+    multiple=True,
+    metavar="ATTACK",
+    help="Secondary attack whose noised counts leave the sites and are judged, such as pia; repeatable.",
+)
+@click.option(
+    "--pooled-weight",
+    type=click.IntRange(1, 16),
+    default=8,
+    show_default=True,
+    help="Of each pooled attack: a larger one has less noise of its own and adds to all the others'.",
 )
 @click.option("--min-power", type=float, default=0.5, show_default=True, help="Least power of the audit.")
 @click.option("--low-power", type=click.Choice(["refuse", "accept"]), default="refuse", show_default=True)
@@ -256,6 +277,8 @@ def plan_new(
     low_power: str,
     mechanism_canaries: int,
     secondary_attacks: str,
+    pool_attacks: tuple[str, ...],
+    pooled_weight: int,
     canaries_per_site: int,
     modality: str | None,
     simulated: bool,
@@ -265,6 +288,7 @@ def plan_new(
     from datetime import UTC, datetime, timedelta
 
     from privacy.audit.canary_opening import canary_outlook
+    from privacy.audit.proposal import pooling_outlook
     from privacy.dp.execution_plan import ExecutionPlan
     from server.coordinator_home import CoordinatorHome
     from server.planning import PlanChoices, draft_plan
@@ -293,6 +317,8 @@ def plan_new(
         low_power=low_power,  # type: ignore[arg-type]
         mechanism_canaries=mechanism_canaries,
         secondary_attacks=secondary_attacks,  # type: ignore[arg-type]
+        pool_attacks=pool_attacks,
+        pooled_weight=pooled_weight,
         canaries_per_site=canaries_per_site,
         modality=modality,  # type: ignore[arg-type]
         simulated=simulated,
@@ -308,6 +334,8 @@ def plan_new(
         f"{plan.model.dimension:,} parameters ({plan.model.trainable}) train privately; "
         f"sigma {privacy.noise_multiplier:.3f} over {privacy.max_attempts} attempts"
     )
+    if plan.audit.pooled_attacks:
+        click.echo(pooling_outlook(plan))
     if plan.audit.canaries_per_site:
         click.echo(canary_outlook(plan))
     execution = ExecutionPlan.from_study_plan(plan)

@@ -310,7 +310,8 @@ def export_ledger(out: Path) -> None:
 @json_option
 def audit(study: str | None, veto: bool, report: Path | None, as_json: bool) -> None:
     """This site's own figures of the last audit. They never leave the hospital."""
-    from client.audit_view import audit_lines
+    from client.audit_part import AuditPart
+    from client.audit_view import audit_lines, signed_lines
 
     home = SiteHome.default()
     directory = home.study(named_study(home, study))
@@ -322,23 +323,27 @@ def audit(study: str | None, veto: bool, report: Path | None, as_json: bool) -> 
     if not path.exists():
         raise SiteError("no candidate was audited here yet")
     value = json.loads(path.read_bytes())
+    plan, part = home.approved_plan(directory.name).plan, AuditPart.load(directory)
+    signed = signed_lines(part, plan, site_id=home.site_id)
     if report is not None:
-        _write_audit_page(home, directory.name, value, report)
+        _write_audit_page(home, plan, value, signed, report)
     elif as_json:
-        print_json(value)
+        missing = () if part is None else part.missing_cells(plan, site_id=home.site_id)
+        print_json({**value, "missing_from_signed_counts": list(missing)})
     else:
-        for line in audit_lines(value):
+        for line in (*audit_lines(value), *signed):
             click.echo(line)
 
 
-def _write_audit_page(home: SiteHome, study_id: str, record: dict[str, Any], path: Path) -> None:
+def _write_audit_page(
+    home: SiteHome, plan: StudyPlan, record: dict[str, Any], signed: list[str], path: Path
+) -> None:
     from datetime import UTC, datetime
 
     from client.audit_page import PRIVATE, site_audit_page
 
-    plan = home.approved_plan(study_id).plan
     at = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    page = site_audit_page(record, plan, site_id=home.site_id, at=at)
+    page = site_audit_page(record, plan, site_id=home.site_id, at=at, signed=signed)
     try:
         write_private(path, page.encode())
     except OSError as error:

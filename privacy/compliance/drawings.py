@@ -132,11 +132,16 @@ def dots_on_axis(
     rows: Sequence[tuple[str, str, Sequence[float]]],
     marks: Sequence[tuple[float, str, str]],
     label: str,
+    with_zero: bool = True,
 ) -> Markup:
-    """One dot for each value, by row (words, class, values), on one common axis; marks as above."""
+    """One dot for each value, by row (words, class, values), on one common axis; marks as above.
+
+    Args:
+        with_zero: Whether the axis reaches zero, however far the values are from it.
+    """
     width, left, right = 640.0, 110.0, 14.0
     values = [value for _, _, group in rows for value in group] + [value for value, _, _ in marks]
-    low, high = min([*values, 0.0]), max([*values, 1e-9])
+    low, high = (min([*values, 0.0]), max([*values, 1e-9])) if with_zero else (min(values), max(values))
     span = (high - low) or 1.0
     low, high = low - 0.03 * span, high + 0.03 * span
     top = 10.0 + 15.0 * len(marks)

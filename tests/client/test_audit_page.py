@@ -21,7 +21,7 @@ from small_plan import Keys, small_plan
 from torch import Tensor
 
 from client.audit_page import PRIVATE, roc_points, site_audit_page
-from client.auditor import LocalAudit
+from client.auditor import LocalAudit, SecondaryFigures
 from client.nearest_neighbours import MAX_SIDE, Neighbour, nearest_neighbours
 from client.site_home import SiteHome, init_site
 from deploy.cli.main import main
@@ -70,6 +70,57 @@ def local_audit(n: int = 12) -> LocalAudit:
         counts=np.zeros(9, dtype=np.int64),
         neighbours=(neighbour(keys[-1], 0.1), neighbour(keys[-2], 0.17)),
     )
+
+
+def with_secondary(audit: LocalAudit) -> LocalAudit:
+    """An attack with figures, one with a patient lost, one without a figure."""
+    n = audit.n_members
+
+    def figures(name: str, *, interval: Interval | None, pooled: bool = False) -> SecondaryFigures:
+        return SecondaryFigures(
+            attack=name,
+            auc=interval,
+            pooled=pooled,
+            member_scores=np.append(RNG.normal(2, 1, n - 1), np.nan),
+            held_out_scores=RNG.normal(0, 1, n),
+        )
+
+    seen = Interval(estimate=0.877, low=0.701, high=0.949, error=0.00625)
+    return replace(
+        audit,
+        secondary=(
+            figures("pia, guidance 2", interval=seen, pooled=True),
+            figures("sima", interval=seen),
+            figures("secmi", interval=None),
+        ),
+    )
+
+
+def test_each_secondary_attack_has_its_curve_its_scores_and_its_interval() -> None:
+    """Curves drawn from the scores that were kept: the area under each is the attack's AUC."""
+    audit = with_secondary(local_audit())
+    html = page_of(audit)
+    assert "Secondary attacks" in html and html.count("leave, with noise") == 1
+    assert html.count("stay here") == 2 and html.count("0.701 to 0.949") == 6
+    assert html.count("too few patients") == 1 and "1 patients without a finite figure" in html
+    for figures in audit.secondary[:2]:
+        found = re.search(rf'aria-label="ROC curve at this site: {figures.attack}".*?</svg>', html, re.DOTALL)
+        assert found, figures.attack
+        (points,) = re.findall(r'<polyline class="measured" points="([^"]+)"', found[0])
+        x, y = np.array([pair.split(",") for pair in points.split()], dtype=float).T
+        area = np.trapezoid(y.max() - y, x) / ((x.max() - x.min()) * (y.max() - y.min()))
+        expected = auc(figures.member_scores[:-1], figures.held_out_scores)
+        assert area == pytest.approx(expected, abs=0.005)
+    assert "ROC curve at this site: secmi" not in html
+    assert html.count('class="member"') == 24 + 2 * 11
+    assert "The plan makes none" in page_of(local_audit())
+
+
+def test_the_page_says_what_was_signed_and_what_is_missing_in_it() -> None:
+    record = {"attempt": 7, "candidate_sha256": "c" * 64, "figures": local_audit().to_dict()}
+    html = site_audit_page(record, small_plan(), site_id="site-0", at="today", signed=["WARNING: <counts>"])
+    assert '<p class="note">WARNING: &lt;counts&gt;</p>' in html
+    assert "What this site signed" not in page_of(local_audit())
 
 
 def page_of(audit: LocalAudit, **plan: object) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from small_plan import Keys, plan_document
 
+from privacy.audit.proposal import pooling_outlook
 from privacy.dp.execution_plan import check_plan
 from server.comparison import Comparison, _paired_interval, compare_with_prior
 from server.planning import PlanChoices, draft_plan
@@ -77,6 +78,29 @@ def test_secondary_attacks_are_all_unguided_or_none(public: Path) -> None:
     assert {attack.guidance_scale for attack in attacks["all"]} == {1.0, 2.0}
     assert attacks["unguided"] == tuple(a for a in attacks["all"] if a.guidance_scale == 1.0)
     assert len(attacks["unguided"]) == 4 and attacks["none"] == ()
+
+
+def test_pooled_attacks_get_thresholds_from_the_public_calibration(public: Path, tmp_path: Path) -> None:
+    """A calibration without them says what is missing."""
+    kept = {name: [0.1 + 0.02 * i for i in range(11)] for name in ("pia", "loss, calibrated, guidance 2")}
+    folder = tmp_path / "public"
+    shutil.copytree(public, folder)
+    (folder / "calibration.json").write_text(json.dumps({**CALIBRATION, "secondary_figures": kept}))
+    plan = draft(folder, pool_attacks=("pia", "loss, calibrated, guidance 2"), pooled_weight=4)
+    pooled = {attack.attack_id: attack for attack in plan.audit.pooled_attacks}
+    assert set(pooled) == {"pia", "loss, calibrated, guidance 2"}
+    assert {attack.pooled_weight for attack in pooled.values()} == {4}
+    middle = -kept["pia"][5]
+    assert pooled["pia"].edges[0] < middle < pooled["pia"].edges[-1] < 0
+    assert "pia (8 thresholds)" in pooling_outlook(plan) and "4% more noise" in pooling_outlook(plan)
+    exact = draft(folder, mode="unprotected", pool_attacks=("pia",)).audit.pooled_attacks[0]
+    assert len(exact.edges) > len(pooled["pia"].edges)
+    with pytest.raises(UsageError, match="no public figures of 'pia'"):
+        draft(public, pool_attacks=("pia",))
+    with pytest.raises(UsageError, match="no attack 'pia, guidance 2'"):
+        draft(folder, secondary_attacks="unguided", pool_attacks=("pia, guidance 2",))
+    with pytest.raises(UsageError, match="pooled_weight"):
+        draft(folder, pool_attacks=("pia",), pooled_weight=17)
 
 
 def test_a_smaller_epsilon_means_more_noise(public: Path) -> None:
