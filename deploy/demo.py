@@ -406,7 +406,7 @@ class DecathlonScans:
 
     rare = "small"
     measured: tuple[str, ...] = ("anterior", "posterior")
-    samples = 40
+    samples = 24
     COPY_SAMPLES = 64
     """500, the default, would take ten minutes of two cores at this size."""
     policy_changes: tuple[str, ...] = (

@@ -236,14 +236,14 @@ def _attack(plan: StudyPlan, pooled: PooledCounts) -> Condition:
     interval = pooled_auc_interval(pooled.attack, error=level_of_test(plan, "membership_attack"))
     if interval is None:
         return _no_figure(plan, "membership_attack", bound)
-    low, high = interval.low, interval.high
+    low = interval.low
     relation = "is above" if low > bound else "is not above"
     return _condition(
         "membership_attack",
         "fail" if low > bound else "pass",
         interval,
         bound,
-        f"AUC {interval.estimate:.3f} ({low:.3f} to {high:.3f}); its lower end {relation} {bound:.3f}",
+        f"{_auc_words(interval)}; its lower end {relation} {bound:.3f}",
     )
 
 
@@ -269,9 +269,16 @@ def _secondary(plan: StudyPlan, pooled: PooledCounts) -> Condition:
         "fail" if low > bound else "pass",
         interval,
         bound,
-        f"{attack_id}, highest of {len(found)} with a figure: AUC {interval.estimate:.3f} ({low:.3f} to "
-        f"{interval.high:.3f}); its lower end {relation} {bound:.3f}",
+        f"{attack_id}, highest of {len(found)} with a figure: {_auc_words(interval)}; "
+        f"its lower end {relation} {bound:.3f}",
     )
+
+
+def _auc_words(interval: Interval) -> str:
+    """The figure and its interval; the interval alone where that says nothing."""
+    if interval.low <= 0.0 and interval.high >= 1.0:
+        return "AUC anywhere from 0 to 1, too few patients for a figure"
+    return f"AUC {interval.estimate:.3f} ({interval.low:.3f} to {interval.high:.3f})"
 
 
 def _power(plan: StudyPlan, pooled: PooledCounts) -> Condition:
@@ -305,7 +312,7 @@ def _control(plan: StudyPlan, name: str, histograms: NoisedHistograms, what: str
     if interval is None:
         return _no_figure(plan, name, 0.5)
     by_chance = interval.low <= 0.5 <= interval.high
-    text = f"{what}: AUC {interval.estimate:.3f} ({interval.low:.3f} to {interval.high:.3f}) "
+    text = f"{what}: {_auc_words(interval)} "
     text += "has 0.5 within" if by_chance else "excludes 0.5: the audit itself is broken"
     return _condition(name, "pass" if by_chance else "invalid", interval, 0.5, text)
 

@@ -263,6 +263,19 @@ def test_too_few_held_out_patients(make_plan: MakePlan, n_held_out: int) -> None
         assert condition.status == status and "too blind" in condition.text
 
 
+def test_an_interval_from_0_to_1_shows_no_estimate(make_plan: MakePlan) -> None:
+    """Noise that swamps ten held-out patients: an estimate of 1.000 says as little as one of 0.5."""
+    plan, rng = make_plan(audit_noise=6.0), np.random.default_rng(3)
+    seen = [
+        condition
+        for _ in range(40)
+        for condition in _verdict(plan, _counts(plan, rng, n=(54, 30))).conditions
+        if condition.low == 0.0 and condition.high == 1.0
+    ]
+    assert len(seen) > 10
+    assert all("AUC anywhere from 0 to 1" in condition.text for condition in seen)
+
+
 def test_recomputation_from_the_dict_is_equal_and_edits_are_noticed(make_plan: MakePlan) -> None:
     plan = make_plan()
     counts = _counts(plan, np.random.default_rng(0))
