@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 from typing import Any
@@ -51,6 +52,8 @@ def cli() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with a documented code."""
+    # MONAI warns of an optional decoder for GPUs wherever it is imported.
+    logging.getLogger("monai.data.nvimgcodec_pydicom_plugin").setLevel(logging.ERROR)
     try:
         code = cli.main(args=arguments, prog_name="lacuna", standalone_mode=False)
     except click.exceptions.Exit as stop:
