@@ -58,7 +58,9 @@ def site_audit_page(
         candidate=str(record["candidate_sha256"]),
         ceiling=ceiling,
         signed=signed,
-        roc=_roc(audit.member_scores, audit.held_out_scores, plan, "the primary attack"),
+        roc=None
+        if audit.attack is None
+        else _roc(audit.member_scores, audit.held_out_scores, plan, "the primary attack"),
         secondary=[_secondary(figures, plan) for figures in audit.secondary],
         attack=_interval(
             audit.attack, (attack_bound(plan), "the gate's bound for all hospitals together", "limit")

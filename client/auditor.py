@@ -41,10 +41,11 @@ from privacy.audit.membership import (
     ScansOfPatient,
     attack_losses,
 )
-from privacy.audit.pooled_auc import planned_power
+from privacy.audit.pooled_auc import SMALLEST_GROUP, planned_power
 from privacy.audit.verdict import SECONDARY, PlantedLeak, attack_bound, level_of_test
 from shared.canonical import digest
 from shared.errors import MalformedMessageError
+from shared.model.conditioning import ConditionTable
 from shared.model.denoiser import Denoiser
 from shared.model.sampling import sample_latents
 from shared.study_plan import StudyPlan
@@ -61,7 +62,7 @@ class SecondaryFigures:
 
     Attributes:
         attack: Name, such as ``sima`` or ``pia, guidance 3``.
-        auc: With interval; None where a group is empty.
+        auc: With interval; None where a group is too small for one.
         pooled: Whether its counts are in the vector that leaves.
         member_scores, held_out_scores: In the order of the audit's keys; higher speaks for membership.
     """
@@ -102,7 +103,8 @@ class LocalAudit:
     """Raw figures of one hospital. Private: kept in its own home, shown to its own people, never sent.
 
     Attributes:
-        attack, public_control, member_control: AUC with interval; None where a group is empty.
+        attack, public_control, member_control: AUC with interval; None where a group is too small for one
+            (:data:`privacy.audit.pooled_auc.SMALLEST_GROUP`).
         power: Of this hospital's own test against ``power_at_auc``, without noise.
         epsilon_lower_bound: What the attack's counts at the plan's edges prove; None without an interval.
         true_positive_rates: (false positive rate, share of members above that threshold), only where the
@@ -243,7 +245,7 @@ def audit_candidate(
     loss = loss or candidate_denoiser.diffusion.per_sample_loss
     seed = audit_seed(plan_digest, candidate_denoiser)
     latent_shape = candidate_denoiser.preset.latent_shape(plan.data.grid_shape)
-    conditions_N = torch.arange(max(clause.copy_samples, 2 * PLANTED)) % len(plan.data.conditions)
+    conditions_N = sampled_classes(plan, max(clause.copy_samples, 2 * PLANTED), seed=seed)
     samples_NCDHW = _generate(plan, candidate_denoiser, conditions_N, latent_shape, seed, progress)
     noise = AttackNoise.from_plan_digest(
         plan_digest,
@@ -316,6 +318,21 @@ def audit_seed(plan_digest: bytes, candidate_denoiser: Denoiser) -> int:
         weights.update(digest("lacuna/audit-parameter/v1", name.encode()))
         weights.update(parameter.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
     return int.from_bytes(digest("lacuna/audit-seed/v1", plan_digest, weights.digest())[:6], "big")
+
+
+def sampled_classes(plan: StudyPlan, count: int, *, seed: int) -> Tensor:
+    """Class index of each sample of the audit, int64 [N], public.
+
+    Conditions in turn. Of each covariate every value, and "unknown", is as probable: who generates may ask
+    for any of them, and a network that keeps a patient may give it back for that patient's values alone.
+    """
+    table = ConditionTable.from_clause(plan.data)
+    conditions_N = np.arange(count) % len(table)
+    generator = np.random.Generator(np.random.Philox(seed))
+    rows_N = np.zeros(count, dtype=np.int64)
+    for size in reversed(table.covariate_sizes):
+        rows_N = rows_N * (size + 1) + generator.integers(0, size + 1, count)
+    return torch.from_numpy(rows_N * (len(table) + 1) + conditions_N)
 
 
 def _generate(
@@ -420,11 +437,13 @@ def _figures(
 
 def _auc_or_none(first: FloatArray, second: FloatArray, error: float) -> Interval | None:
     first, second = first[np.isfinite(first)], second[np.isfinite(second)]
-    return None if min(first.size, second.size) < 2 else auc_interval(first, second, error=error)
+    if min(first.size, second.size) < SMALLEST_GROUP:
+        return None
+    return auc_interval(first, second, error=error)
 
 
 def _local_power(plan: StudyPlan, n_members: int, n_held_out: int) -> float:
-    if min(n_members, n_held_out) < 2:
+    if min(n_members, n_held_out) < SMALLEST_GROUP:
         return 0.0
     return planned_power(
         edges=stats.norm.ppf(np.arange(1, 200) / 200),
@@ -442,7 +461,7 @@ def _proved_at_edges(
     plan: StudyPlan, members: FloatArray, held_out: FloatArray, bound: Callable[..., float]
 ) -> float | None:
     """The largest of a bound at the plan's edges, the error split over them."""
-    if min(members.size, held_out.size) < 2:
+    if min(members.size, held_out.size) < SMALLEST_GROUP:
         return None
     edges = plan.audit.score_edges
     error = level_of_test(plan, "membership_attack") / len(edges)

@@ -38,6 +38,8 @@ _FIELDS = {
 }  # fmt: skip
 _CHECK_FIELDS = {"name", "title", "tests", "smallest_p", "level", "figure", "expected", "passed"}
 _MAX_TEXT = 300
+_LEAST_SPENT = 0.99
+"""Of the significance that an audit has: it is split over its tests without remainder."""
 
 
 class MechanismMismatchError(PeerError):
@@ -103,8 +105,9 @@ class MechanismStatement:
         """Is this a whole audit by a site of this plan, and is each verdict what its figures say?
 
         Raises:
-            MechanismMismatchError: another plan, an unknown site, claims left out or named twice, more
-                significance spent than there is, or a verdict that its own p-value does not give.
+            MechanismMismatchError: another plan, an unknown site, claims left out or named twice, more or
+                less significance spent than an audit spends (at level 0 everything passes), or a verdict that
+                its own p-value does not give.
         """
         who = f"the mechanism audit of {self.site_id!r}"
         if self.study_id != plan.study_id or self.plan_sha256 != plan.digest().hex():
@@ -123,6 +126,8 @@ class MechanismStatement:
         spent = math.fsum(check.tests * check.level for check in self.checks)
         if spent > FALSE_FAILURE_PROBABILITY * (1.0 + 1e-9):
             raise MechanismMismatchError(f"{who} spends more significance than there is")
+        if self.passed and spent < _LEAST_SPENT * FALSE_FAILURE_PROBABILITY:
+            raise MechanismMismatchError(f"{who} spends less significance than an audit does: it is blunt")
         for check in self.checks:
             if check.passed is not (check.tests > 0 and check.smallest_p > check.level):
                 raise MechanismMismatchError(f"{who}: {check.name} is not what its figures say")

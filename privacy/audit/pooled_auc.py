@@ -24,7 +24,9 @@ from scipy import stats
 from privacy.audit.bounds import FloatArray, Interval, auc_variance, invert_score_test
 from shared.errors import UsageError
 
-_SMALLEST_GROUP = 4.0
+SMALLEST_GROUP = 4
+"""Patients of a group below which no AUC is printed, pooled or at a site."""
+
 _TOTAL_STANDARD_DEVIATIONS = 1.0
 
 
@@ -61,7 +63,7 @@ class NoisedHistograms:
         """False where noise or small numbers leave nothing to say: no figure is then printed."""
         bins = math.sqrt(self.members_B.size)
         return all(
-            total >= _SMALLEST_GROUP and total > _TOTAL_STANDARD_DEVIATIONS * std * bins
+            total >= SMALLEST_GROUP and total > _TOTAL_STANDARD_DEVIATIONS * std * bins
             for total, std in ((self.n_members, self.members_std), (self.n_held_out, self.held_out_std))
         )
 

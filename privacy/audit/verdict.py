@@ -227,8 +227,22 @@ def compute_verdict(
 
 
 def attack_bound(plan: StudyPlan) -> float:
-    """AUC that the interval's low end must not exceed: the plan's, or the mechanism's own ceiling."""
+    """AUC that the interval's low end must not exceed: the plan's, or the mechanism's own ceiling.
+
+    Nor may its high end lie below 1 minus that: who ranks members last tells them apart as well. Each end has
+    the level of the test: a true AUC on one bound is so far from the other that chance hardly crosses that
+    one too (simulated in the tests).
+    """
     return min(plan.audit.max_auc, gaussian_auc_ceiling(plan.privacy.epsilon, plan.privacy.delta))
+
+
+def _tells_apart(interval: Interval, bound: float) -> tuple[bool, str]:
+    """Whether an attack's interval lies beyond the bound on either side; and its figures in words."""
+    words = _auc_words(interval)
+    if interval.high < 1.0 - bound:
+        return True, f"{words}; its upper end is below {1.0 - bound:.3f}: members rank last, as telling"
+    above = interval.low > bound
+    return above, f"{words}; its lower end {'is above' if above else 'is not above'} {bound:.3f}"
 
 
 def _attack(plan: StudyPlan, pooled: PooledCounts) -> Condition:
@@ -236,19 +250,12 @@ def _attack(plan: StudyPlan, pooled: PooledCounts) -> Condition:
     interval = pooled_auc_interval(pooled.attack, error=level_of_test(plan, "membership_attack"))
     if interval is None:
         return _no_figure(plan, "membership_attack", bound)
-    low = interval.low
-    relation = "is above" if low > bound else "is not above"
-    return _condition(
-        "membership_attack",
-        "fail" if low > bound else "pass",
-        interval,
-        bound,
-        f"{_auc_words(interval)}; its lower end {relation} {bound:.3f}",
-    )
+    failed, text = _tells_apart(interval, bound)
+    return _condition("membership_attack", "fail" if failed else "pass", interval, bound, text)
 
 
 def _secondary(plan: StudyPlan, pooled: PooledCounts) -> Condition:
-    """The pooled secondary attack whose interval lies highest; each has its own share of the significance.
+    """The pooled secondary attack whose interval tells most; each has its own share of the significance.
 
     They only add reasons to refuse: where noise leaves one without a figure, power is the primary attack's.
     """
@@ -256,29 +263,27 @@ def _secondary(plan: StudyPlan, pooled: PooledCounts) -> Condition:
     for attack, histograms in zip(plan.audit.pooled_attacks, pooled.secondary, strict=True):
         interval = pooled_auc_interval(histograms, error=level_of_test(plan, SECONDARY))
         if interval is not None:
-            found.append((interval.low, attack.attack_id, interval))
+            found.append((max(interval.low, 1.0 - interval.high), attack.attack_id, interval))
     if not found:
         text = "no secondary attack carries a figure under the noise"
         return Condition(
             name=SECONDARY, status="pass", figure=None, low=None, high=None, bound=_rounded(bound), text=text
         )
-    low, attack_id, interval = max(found, key=lambda item: item[:2])
-    relation = "is above" if low > bound else "is not above"
-    return _condition(
-        SECONDARY,
-        "fail" if low > bound else "pass",
-        interval,
-        bound,
-        f"{attack_id}, highest of {len(found)} with a figure: {_auc_words(interval)}; "
-        f"its lower end {relation} {bound:.3f}",
-    )
+    _, attack_id, interval = max(found, key=lambda item: item[:2])
+    failed, text = _tells_apart(interval, bound)
+    text = f"{attack_id}, the most telling of {len(found)} with a figure: {text}"
+    return _condition(SECONDARY, "fail" if failed else "pass", interval, bound, text)
 
 
 def _auc_words(interval: Interval) -> str:
     """The figure and its interval; the interval alone where that says nothing."""
-    if interval.low <= 0.0 and interval.high >= 1.0:
+    if _says_nothing(interval):
         return "AUC anywhere from 0 to 1, too few patients for a figure"
     return f"AUC {interval.estimate:.3f} ({interval.low:.3f} to {interval.high:.3f})"
+
+
+def _says_nothing(auc: Interval) -> bool:
+    return auc.low <= 0.0 and auc.high >= 1.0
 
 
 def _power(plan: StudyPlan, pooled: PooledCounts) -> Condition:
@@ -365,7 +370,7 @@ def _condition(name: str, status: Status, interval: Interval, bound: float, text
     return Condition(
         name=name,
         status=status,
-        figure=_rounded(interval.estimate),
+        figure=None if name != "copies" and _says_nothing(interval) else _rounded(interval.estimate),
         low=_rounded(interval.low),
         high=_rounded(interval.high),
         bound=_rounded(bound),

@@ -25,6 +25,7 @@ from privacy.compliance.release_log import LogHead
 from privacy.compliance.report import epsilon_words
 from privacy.compliance.report_figures import (
     attack_curve,
+    attack_is_drawn,
     audit_figures,
     best_attack,
     budget_figures,
@@ -134,6 +135,7 @@ def officer_report(
         budgets=_or_missing(lambda: budget_figures(_need(opened))),
         audit=_or_missing(lambda: audit_figures(_need(opened))),
         curve=_or_missing(lambda: attack_curve(_need(opened), spent=_worst(examined)[0])),
+        drawn=_or_missing(lambda: attack_is_drawn(_need(opened))),
         guarantee=None if plan is None else _guarantee(plan, examined),
         conditions=_conditions(examined),
         approvals=_or_missing(lambda: _approvals(examined)),

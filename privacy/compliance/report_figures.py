@@ -179,7 +179,12 @@ _QUESTIONS = {
     "membership_attack": (
         "Membership attack",
         "Shown the generator, can one tell patients it was trained on from patients kept out of training? "
-        "0.5 is guessing, 1 is certainty.",
+        "0.5 is guessing, 0 and 1 are certainty.",
+    ),
+    "secondary_attacks": (
+        "Secondary attacks",
+        "Of the other attacks that the plan pools, does any tell patients apart? The most telling one is "
+        "shown. 0.5 is guessing, 0 and 1 are certainty.",
     ),
     "power": (
         "Power",
@@ -275,23 +280,35 @@ def _drawing(plan: StudyPlan, condition: Condition) -> Markup | None:
             marks=[(condition.bound, words, "limit")],
         )  # fmt: skip
     marks = [(0.5, "guessing", "chance")]
-    if condition.name == "membership_attack":
+    if condition.name in ("membership_attack", "secondary_attacks"):
         promised = best_attack(plan.privacy.epsilon, plan.privacy.delta)
         words = f"refused if the whole interval lies right of {condition.bound:g}"
         marks.append((condition.bound, words, "limit"))
+        marks.append((1.0 - condition.bound, f"or left of {1.0 - condition.bound:g}", "limit"))
         marks.append((promised, f"if the promise holds, no attack gets beyond {promised:.3f}", "ceiling"))
     return interval_on_axis(estimate=figure, low=low, high=high, marks=marks, label=condition.text)
 
 
 def confidence(plan: StudyPlan, name: str) -> str:
-    """The confidence of a drawn interval in per cent, as the verdict computes it."""
+    """The confidence of a drawn interval in per cent, as the verdict computes it.
+
+    Controls split their level between the ends; of all others each end has the whole of it.
+    """
     level = level_of_test(plan, name)
-    miss = 2 * level if name == "membership_attack" else level
+    miss = level if name in ("control_public_loss", "control_members") else 2 * level
     return f"{100 * (1 - miss):.3g}"
+
+
+def attack_is_drawn(opened: OpenedEvidence) -> bool:
+    """Whether the counts carry the attack's own curve: with less power than the plan asks it is noise."""
+    power = next(iter(opened.recomputed.values())).condition("power").figure
+    return power is not None and power > 0 and power >= opened.plan.audit.min_power
 
 
 def attack_curve(opened: OpenedEvidence, *, spent: float) -> Markup:
     """The pooled attack's curve under the ceiling that the mechanism's own trade-off curve implies.
+
+    The attack's own line is left out where the counts do not carry it (:func:`attack_is_drawn`).
 
     Args:
         spent: Largest epsilon of all sites against the world.
@@ -312,7 +329,7 @@ def attack_curve(opened: OpenedEvidence, *, spent: float) -> Markup:
     if plan.privacy.epsilon is not None:
         lines.append(("limit", promised))
     lines.append(("ceiling", ceiling))
-    if pooled.attack.carries_figure:
+    if attack_is_drawn(opened):
         lines.append(("measured", _measured(pooled.attack.members_B, pooled.attack.held_out_B)))
     return curves(
         lines=lines,

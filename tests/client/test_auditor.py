@@ -15,8 +15,9 @@ import torch
 from small_plan import changed, small_plan
 from torch import Tensor
 
+from client.audit_page import site_audit_page
 from client.audit_view import audit_lines
-from client.auditor import LocalAudit, _true_positive_rates, audit_candidate, audit_seed
+from client.auditor import LocalAudit, _true_positive_rates, audit_candidate, audit_seed, sampled_classes
 from privacy.audit.attacks import usual_attacks
 from privacy.audit.counts import CountsLayout
 from privacy.audit.proposal import propose_edges
@@ -24,6 +25,7 @@ from privacy.audit.verdict import compute_verdict
 from shared.canonical import canonical_json, parse_json
 from shared.errors import MalformedMessageError
 from shared.model.autoencoder import build_autoencoder
+from shared.model.conditioning import ConditionTable
 from shared.model.denoiser import Denoiser, build_denoiser
 from shared.model.diffusion import per_sample_loss
 from shared.model.presets import preset_named
@@ -184,7 +186,7 @@ def test_secondary_attacks_are_kept_at_the_site_and_pooled_where_the_plan_says(
     attacks = attacks[:6]
     asking = parse_plan(changed(plan.model_dump(mode="json"), "audit.secondary_attacks", attacks), what="")
     stages: list[str] = []
-    members, held_out = _patients(3, seed=1, name="m"), _patients(2, seed=3, name="h")
+    members, held_out = _patients(5, seed=1, name="m"), _patients(4, seed=3, name="h")
     audit = audit_candidate(
         plan=asking,
         public_denoiser=networks[0],
@@ -200,17 +202,51 @@ def test_secondary_attacks_are_kept_at_the_site_and_pooled_where_the_plan_says(
     assert [figures.pooled for figures in audit.secondary] == [True] + 5 * [False]
     assert {f"{figures.attack}, members" for figures in audit.secondary} <= set(stages)
     for figures in audit.secondary:
-        assert figures.member_scores.shape == (3,) and figures.held_out_scores.shape == (2,)
+        assert figures.member_scores.shape == (5,) and figures.held_out_scores.shape == (4,)
         assert np.isfinite(figures.member_scores).all() and figures.auc is not None
     (sima,) = CountsLayout.from_plan(asking).read(audit.counts, noise_std=0.0).secondary
     binned = np.bincount(np.digitize(audit.secondary[0].member_scores, [-1.0, -0.1]), minlength=3)
-    assert sima.members_B.tolist() == binned.tolist() and sima.n_held_out == 2
+    assert sima.members_B.tolist() == binned.tolist() and sima.n_held_out == 4
     again = LocalAudit.from_dict(parse_json(canonical_json(audit.to_dict()), what="audit"))
     assert again.to_dict() == audit.to_dict()
     record = {"figures": audit.to_dict(), "candidate_sha256": "0" * 64, "attempt": 1}
     lines = audit_lines(record)
     assert sum("secondary attack" in line for line in lines) == 6
     assert sum("shown here alone" in line for line in lines) == 5
+
+
+def test_groups_that_carry_no_figure_get_none(plan: StudyPlan, networks: tuple[Denoiser, Denoiser]) -> None:
+    """Three held-out patients: no AUC, no bound, no power, and no curve on the page; counts all the same."""
+    audit = audit_candidate(
+        plan=plan,
+        public_denoiser=networks[0],
+        candidate_denoiser=networks[1],
+        autoencoder=None,
+        members=_patients(5, seed=1, name="m"),
+        held_out=_patients(3, seed=3, name="h"),
+    )
+    assert audit.attack is audit.public_control is audit.epsilon_lower_bound is audit.mu_lower_bound is None
+    assert audit.power == 0.0 and audit.counts.sum() > 0
+    record = {"figures": audit.to_dict(), "candidate_sha256": "0" * 64, "attempt": 1}
+    html = site_audit_page(record, plan, site_id="site-0", at="today")
+    assert "ROC curve" not in html and "Too few patients for a figure" in html
+
+
+def test_samples_cover_conditions_and_covariates_evenly() -> None:
+    """A patient kept for one covariate's value alone is looked for there; without covariates as ever."""
+    covariates = [{"name": "sex", "values": ["female", "male"]}, {"name": "age", "edges": [40.0, 60.0]}]
+    plan = small_plan(data__covariates=covariates)
+    table = ConditionTable.from_clause(plan.data)
+    found = sampled_classes(plan, 600, seed=5)
+    assert torch.equal(found, sampled_classes(plan, 600, seed=5))
+    conditions = found % (len(table) + 1)
+    assert torch.equal(conditions, torch.arange(600) % len(table))
+    rows = [table.covariate_rows(int(index)) for index in found]
+    combinations = {(int(c), *row) for c, row in zip(conditions, rows, strict=True)}
+    every = len(table) * math.prod(size + 1 for size in table.covariate_sizes)
+    assert len(combinations) == every, "600 draws miss one of 24 with probability below 1e-9"
+    plain = small_plan()
+    assert torch.equal(sampled_classes(plain, 20, seed=5), torch.arange(20) % len(plain.data.conditions))
 
 
 def test_rates_that_the_held_out_patients_cannot_carry_are_not_shown() -> None:

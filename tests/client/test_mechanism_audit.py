@@ -111,6 +111,9 @@ def test_statements_that_do_not_hold_together_are_refused(
             good, checks=(replace(first, smallest_p=0.0, passed=True), *rest)
         ),
         "levels too large": changed(good, checks=(replace(first, level=1e-5), *rest)),
+        "levels at which everything passes": changed(
+            good, checks=tuple(replace(check, level=0.0) for check in good.checks)
+        ),
     }
     for name, statement in wrong.items():
         with pytest.raises(MechanismMismatchError):

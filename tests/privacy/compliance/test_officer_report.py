@@ -19,9 +19,12 @@ from PIL import Image
 from release_study import AT, SITES, Study, attempt_records, make_ledger, make_study
 
 from privacy.audit.blind_spots import BLIND_SPOTS
+from privacy.audit.verdict import level_of_test
 from privacy.compliance.officer_report import OfficerReport, officer_report
 from privacy.compliance.page import visible
 from privacy.compliance.recheck import REQUIRED_CONDITIONS
+from privacy.compliance.report_figures import attack_curve, attack_is_drawn, confidence
+from privacy.compliance.verify import examine_bundle
 from server.release.log import append_withdrawal
 from shared.identity import SigningKey
 
@@ -125,6 +128,25 @@ def test_every_source_mark_leads_to_a_statement_with_its_hash(bundle: Path, hone
     captioned = [figure for figure in figures if "<figcaption>" in figure]
     assert len(captioned) == 3 + 6 and all('class="src' in figure for figure in captioned)
     assert len(rows) >= 30 and all('class="src' in row for row in rows), "a figure without its source"
+
+
+def test_a_bars_confidence_is_what_its_ends_leave(study: Study) -> None:
+    """Controls split their level between the ends, all others have it at each."""
+    for name, ends in (("membership_attack", 2), ("copies", 2), ("control_members", 1)):
+        miss = ends * level_of_test(study.plan, name)
+        assert float(confidence(study.plan, name)) == pytest.approx(100 * (1 - miss), abs=0.06)
+
+
+def test_a_curve_that_is_noise_is_not_drawn(study: Study, bundle: Path, honest: OfficerReport) -> None:
+    """Where the plan accepts a blind audit, the page shows no line of the attack, and says so."""
+    assert '<polyline class="measured"' in honest.html
+    opened = examine_bundle(bundle).evidence
+    assert opened is not None and attack_is_drawn(opened)
+    (site, verdict), *_ = opened.recomputed.items()
+    blind = tuple(replace(c, figure=0.3) if c.name == "power" else c for c in verdict.conditions)
+    opened.recomputed[site] = replace(verdict, conditions=blind)
+    assert not attack_is_drawn(opened)
+    assert "measured" not in attack_curve(opened, spent=1.0)
 
 
 def test_the_page_says_what_no_audit_sees(honest: OfficerReport) -> None:

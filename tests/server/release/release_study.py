@@ -275,13 +275,14 @@ def make_mechanism(
     *,
     key: str | None = None,
     broken: Sequence[str] = (),
+    level: float = 1e-6 / len(CLAIMS),
     **changes: Any,
 ) -> bytes:
     """A mechanism audit's statement; claims in ``broken`` failed."""
     checks = tuple(
         Check(
-            name=name, title=name, tests=1, smallest_p=0.0 if name in broken else 0.5, level=1e-8,
-            figure="1", expected="1", passed=name not in broken,
+            name=name, title=name, tests=1, smallest_p=0.0 if name in broken else 0.5,
+            level=level, figure="1", expected="1", passed=name not in broken,
         )
         for name in CLAIMS
     )  # fmt: skip

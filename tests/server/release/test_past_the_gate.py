@@ -385,6 +385,7 @@ ASKING_ATTEMPTS: list[Attempt] = [
     ("mechanism audit in another's name", lambda s: at_the_gate(s, **beside(s, "mechanism-audits", "beta", make_mechanism(s.keys, s.plan, "alpha", key="beta"))), "signed in the name of 'alpha'"),
     ("mechanism audit of a kinder plan", lambda s: at_the_gate(s, **beside(s, "mechanism-audits", "beta", under_a_kinder_plan(s))), "belongs to another plan"),
     ("mechanism audit with a handful of canaries", lambda s: at_the_gate(s, **mechanism(s, "beta", canaries=8)), "8 canaries, the plan asks for 100"),
+    ("mechanism audit at a level that passes everything", lambda s: at_the_gate(s, **mechanism(s, "beta", level=0.0)), "spends less significance than an audit does"),
     ("mechanism audit that failed", lambda s: at_the_gate(s, **mechanism(s, "beta", broken=["share-variance"])), "this is not the plan's mechanism: share-variance"),
     ("canaries not opened", lambda s: at_the_gate(s, **beside(s, "canary-openings", "gamma", None)), "canaries-committed: gamma did not open its canaries"),
     ("coins chosen after training", lambda s: at_the_gate(s, **opening(s, "gamma", coins=tuple(not coin for coin in COINS))), "not the coins that the ledger committed to"),
