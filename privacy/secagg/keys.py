@@ -42,8 +42,10 @@ class AttemptKeys:
         self._mask_private = bytearray(entropy.bytes(32))
         self._share_private = bytearray(entropy.bytes(32))
         self._seed = bytearray(entropy.bytes(SEED_BYTES))
-        self.mask_public = public_key(bytes(self._mask_private))
-        self.share_public = public_key(bytes(self._share_private))
+        self._keys = [
+            X25519PrivateKey.from_private_bytes(bytes(s)) for s in (self._mask_private, self._share_private)
+        ]
+        self.mask_public, self.share_public = (key.public_key().public_bytes_raw() for key in self._keys)
 
     def __repr__(self) -> str:
         return "AttemptKeys(<redacted>)"
@@ -60,12 +62,23 @@ class AttemptKeys:
         return bytes(self._share_private)
 
     @property
+    def mask_key(self) -> X25519PrivateKey:
+        """``mask_private`` for :func:`agree`. Raises IndexError after :meth:`wipe`."""
+        return self._keys[0]
+
+    @property
+    def share_key(self) -> X25519PrivateKey:
+        """``share_private`` for :func:`agree`. Raises IndexError after :meth:`wipe`."""
+        return self._keys[1]
+
+    @property
     def seed(self) -> bytes:
         return bytes(self._seed)
 
     def wipe(self) -> None:
         for secret in (self._mask_private, self._share_private, self._seed):
             secret[:] = bytes(len(secret))
+        self._keys.clear()
 
 
 def public_key(private: bytes) -> bytes:
@@ -73,12 +86,11 @@ def public_key(private: bytes) -> bytes:
     return X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
 
 
-def agree(private: bytes, public: bytes) -> bytes:
+def agree(private: bytes | X25519PrivateKey, public: bytes) -> bytes:
     """X25519 (RFC 7748). Raises WeakKeyError for a public key of small order."""
+    key = X25519PrivateKey.from_private_bytes(private) if isinstance(private, bytes) else private
     try:
-        return X25519PrivateKey.from_private_bytes(private).exchange(
-            X25519PublicKey.from_public_bytes(public)
-        )
+        return key.exchange(X25519PublicKey.from_public_bytes(public))
     except ValueError as error:
         raise WeakKeyError("public key of small order") from error
 
