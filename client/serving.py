@@ -46,9 +46,23 @@ class ServeOptions:
 class ServingAgent:
     """A running agent. Leaving the context stops it and closes its ledger."""
 
-    def __init__(self, resources: ExitStack, address: str) -> None:
+    def __init__(self, resources: ExitStack, address: str, ledger: Ledger) -> None:
         self._resources = resources
+        self._ledger = ledger
         self.address = address
+
+    def check_storage(self) -> None:
+        """For whoever keeps it running: an agent whose ledger's disk failed serves nothing more until it is
+        started again, which a service manager does. One whose ledger others contradict stays as it is.
+
+        Raises:
+            LedgerError: the disk failed.
+        """
+        if self._ledger.storage_failed:
+            raise LedgerError(
+                "the ledger could not be written, so nothing more is served; the study's agent.log says why",
+                remedy="make room on the disk, then start the site agent again (the service unit does)",
+            )
 
     def __enter__(self) -> ServingAgent:
         return self
@@ -146,7 +160,7 @@ def serve_study(
             )
             address = f"{host}:{bound}"
         resources.enter_context(server)
-        return ServingAgent(resources.pop_all(), address)
+        return ServingAgent(resources.pop_all(), address, ledger)
 
 
 def _commit_to_site_key(home: SiteHome, study_id: str, ledger: Ledger) -> None:

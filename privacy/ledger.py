@@ -136,6 +136,8 @@ class Ledger:
         self._inode = path.stat().st_ino
         self._unusable: str | None = None
         """Why nothing may be written or sent any more: the first failure, or that it was closed."""
+        self.storage_failed = False
+        """Whether that was the disk's failure: opened again, the ledger may be sound."""
         self.ledger_id = str(entries[0].body["ledger_id"])
 
     @classmethod
@@ -411,9 +413,10 @@ class Ledger:
                 remedy="restore the newest copy of the ledger; without it, retire this site's key and budget",
             ) from error
 
-    def _fail(self, cause: str) -> None:
+    def _fail(self, cause: str, *, storage: bool = False) -> None:
         """For good; the first cause is the one that is told."""
-        self._unusable = self._unusable or cause
+        if self._unusable is None:
+            self._unusable, self.storage_failed = cause, storage
 
     def _require_usable(self) -> None:
         if self._unusable is not None:
@@ -447,7 +450,7 @@ class Ledger:
         try:
             self._write_witness()
         except OSError as error:
-            self._fail(f"its witness cannot be written: {error.strerror}")
+            self._fail(f"its witness cannot be written: {error.strerror}", storage=True)
             raise LedgerError(
                 f"ledger witness {self._counter_path} cannot be written: {error.strerror}",
                 remedy="make room, or mend the rights of the folder, and start the site agent again",
@@ -501,7 +504,7 @@ class _Transaction:
                 raise LedgerError(f"ledger {ledger._path} was replaced by another file while it was open")
             ledger._connection.execute("BEGIN IMMEDIATE")
         except (sqlite3.Error, OSError) as error:
-            ledger._fail(str(error))
+            ledger._fail(str(error), storage=True)
             raise LedgerError(f"ledger {ledger._path} cannot be written: {error}") from error
         except LedgerError as error:
             ledger._fail(error.message)
@@ -517,7 +520,7 @@ class _Transaction:
                 return
         except sqlite3.Error as failure:
             error = failure
-        ledger._fail(str(error))
+        ledger._fail(str(error), storage=isinstance(error, sqlite3.Error | OSError))
         if ledger._connection.in_transaction:
             try:
                 ledger._connection.execute("ROLLBACK")

@@ -232,8 +232,11 @@ class StudyStore:
 
     def void_leftovers(self) -> None:
         """On resume: what an earlier run prepared is void; what it had open is completed where its result is
-        on disk (the run died between the file and the database), and aborted otherwise.
+        on disk (the run died between the file and the database), and aborted otherwise. Half a checkpoint,
+        which a killed run leaves under a name of its own, is removed.
         """
+        for half in self.checkpoints.glob(".round-*.partial"):
+            half.unlink(missing_ok=True)
         for record in self.attempts():
             if record.status == "prepared":
                 self.void_attempt(record.attempt)

@@ -29,7 +29,7 @@ LAST_ATTEMPTS, LAST_EVENTS = 8, 5
 
 def add_operations_commands(group: click.Group) -> None:
     """Give the group the commands of this module."""
-    for command in (status, doctor, health, metrics):
+    for command in (status, doctor, health, metrics, backup):
         group.add_command(command)
 
 
@@ -138,3 +138,17 @@ def metrics(study_id: str, out: Path | None, listen: str | None) -> None:
     from server.study_metrics import study_metrics
 
     write_metrics(lambda: study_metrics(study_id), out=out, listen=listen)
+
+
+@click.command("backup")
+@click.option("--out", type=PathType, required=True, help="Folder of the copy; brought up to date.")
+def backup(out: Path) -> None:
+    """Copy keys, certificates and studies to a folder; also while a study runs, from a timer.
+
+    To restore: put the copy in the place of LACUNA_HOME/coordinator, then register-nodes and resume.
+    """
+    from server.coordinator_backup import back_up
+    from server.coordinator_home import CoordinatorHome
+
+    written = back_up(CoordinatorHome.default().root, out)
+    click.echo(f"{out} is up to date: {written} files written; it holds private keys")

@@ -32,6 +32,7 @@ from shared.study_plan import StudyPlan
 
 PathType = click.Path(path_type=Path)
 study_argument = click.argument("study", required=False)
+STORAGE_CHECK_S = 1.0
 
 
 @click.group(name="site")
@@ -242,7 +243,8 @@ def serve(
         running = serve_study(home, study_id, options, progress=progress)
     with running:
         click.echo(f"site {home.site_id} serves study {study_id} on {running.address}")
-        stopped.wait()
+        while not stopped.wait(STORAGE_CHECK_S):
+            running.check_storage()
     click.echo("stopped")
 
 

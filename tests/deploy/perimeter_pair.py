@@ -52,7 +52,8 @@ class EchoSuperLink:
     def __init__(self, folder: Path) -> None:
         self.port = free_port()
         self.seen: list[str] = []
-        seen = self.seen
+        self.status = 200
+        seen, echo = self.seen, self
 
         class Handler(http.server.BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
@@ -61,7 +62,7 @@ class EchoSuperLink:
                 body = self.rfile.read(int(self.headers.get("content-length", 0)))
                 seen.append(self.path)
                 answer = json.dumps({"path": self.path, "bytes": len(body)}).encode()
-                self.send_response(200)
+                self.send_response(echo.status)
                 self.send_header("content-length", str(len(answer)))
                 self.end_headers()
                 self.wfile.write(answer)

@@ -343,6 +343,45 @@ def test_a_sites_perimeter_talks_to_its_coordinator_alone(
         impostor.stop()
 
 
+@pytest.mark.parametrize(
+    ("status", "told"),
+    [
+        (200, 200),
+        (429, 503),
+        (500, 503),
+        (502, 502),
+        (503, 503),
+        (504, 504),
+        (401, 401),
+        (403, 403),
+    ],
+)
+def test_a_supernode_is_told_to_try_again_where_flower_would_give_up(
+    pair: PerimeterPair, tmp_path: Path, north: Site, status: int, told: int
+) -> None:
+    """A SuperNode outlives 502, 503 and 504 alone; what it must act on (401, 403) comes through as it is."""
+    from perimeter_pair import Nginx, free_port
+
+    from deploy.perimeter import write_site_perimeter
+
+    port = free_port()
+    write_site_perimeter(north.network, tmp_path / "site", listen=f"127.0.0.1:{port}")
+    nginx = Nginx(tmp_path / "site" / "perimeter" / "nginx.conf", tmp_path / "prefix")
+    nginx.start(port)
+    pair.superlink.status = status
+    try:
+        inner = certificate_context(tmp_path / "site" / "supernode" / "perimeter-ca.pem")
+        answer, body = ask(port, inner, PULL, body=b"x", headers=north.headers)
+    finally:
+        pair.superlink.status = 200
+        nginx.stop()
+    assert answer == told
+    refused = {429: "try_again", 500: "try_again", 502: "coordinator_unreachable"}
+    refused[504] = refused[502]
+    assert body.get("refused") == refused.get(status)
+    assert status in refused or body["path"] == PULL
+
+
 def test_the_port_rules_parse(pair: PerimeterPair) -> None:
     """As nft reads them; which users they let pass is tested in a namespace of its own, as root."""
     nft = find_program("nft", "nftables")

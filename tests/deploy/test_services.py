@@ -109,6 +109,9 @@ def test_who_is_foreign_sees_neither_data_nor_keys_and_comes_back_when_flower_ta
     assert node["StartLimitIntervalSec"] == ["0"]
     assert 10 <= int(node["RestartSec"][0]) <= 60
     agent = by_name["lacuna-agent@.service"]
+    # It ends when its disk is full, and comes back when there is room again, however long that takes.
+    assert agent["StartLimitIntervalSec"] == ["0"]
+    assert agent["Restart"] == ["on-failure"]
     assert {"2", "40"} <= set(agent["RestartPreventExitStatus"][0].split())
 
 

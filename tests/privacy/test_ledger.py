@@ -300,8 +300,11 @@ def test_full_disk_stops_everything(site: Site) -> None:
             ledger.record("filler", {"text": "x" * 40_000})
         with pytest.raises(LedgerError, match="nothing may be sent"):
             ledger.reserve(charge(2), NO_CAP)
+        assert ledger.storage_failed
     with site.open() as ledger:
         assert ledger.charged_attempts("study-a") == (1,)
+        assert not ledger.storage_failed
+    assert not ledger.storage_failed, "closed on purpose"
 
 
 def test_unwritable_witness_stops_everything(site: Site) -> None:
@@ -311,6 +314,7 @@ def test_unwritable_witness_stops_everything(site: Site) -> None:
             ledger.reserve(charge(1), NO_CAP)
         with pytest.raises(LedgerError):
             ledger.reserve(charge(2), NO_CAP)
+        assert ledger.storage_failed
 
 
 def test_locked_database_stops_everything(site: Site) -> None:
@@ -340,6 +344,7 @@ def test_replaced_file_is_noticed(site: Site) -> None:
         copy.replace(site.path)
         with pytest.raises(LedgerError, match="replaced"):
             ledger.reserve(charge(1), NO_CAP)
+        assert not ledger.storage_failed, "to be looked at by a person: it must not be opened again by itself"
 
 
 @pytest.mark.parametrize("damage", ["garbage", "empty", "truncated", "bytes"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +35,22 @@ def prepare(
     store: StudyStore, *, above: int = 0, run: str = "1", purpose: str = "train", number: int = 1
 ) -> int:
     return store.prepare_attempt(run_id=run, round_number=number, purpose=purpose, above=above)  # type: ignore[arg-type]
+
+
+def test_half_a_checkpoint_does_not_stay(store: StudyStore, tmp_path: Path) -> None:
+    """As a run leaves it that is killed while it writes: a model's size of disk each time."""
+    save_tensors(store.checkpoint_path(1), {"weights": np.zeros(4, dtype=np.float32)}, {})
+    killed = (
+        "import os, sys; from pathlib import Path; import numpy as np\n"
+        "from shared.checkpoint import save_tensors\n"
+        "Path.replace = lambda *_: os.kill(os.getpid(), 9)\n"
+        "save_tensors(Path(sys.argv[1]), {'weights': np.zeros(4, dtype=np.float32)}, {})\n"
+    )
+    done = subprocess.run([sys.executable, "-c", killed, str(store.checkpoint_path(2))], check=False)
+    assert done.returncode == -9
+    assert len(list(store.checkpoints.iterdir())) == 2
+    store.void_leftovers()
+    assert list(store.checkpoints.iterdir()) == [store.checkpoint_path(1)]
 
 
 def test_attempt_numbers_only_grow_whatever_becomes_of_them(store: StudyStore, root: Path) -> None:
