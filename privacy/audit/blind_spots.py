@@ -41,8 +41,9 @@ BLIND_SPOTS: tuple[BlindSpot, ...] = (
         instead="The accounting bounds every attack, if the software does what it says.",
     ),
     BlindSpot(
-        defect="Pooled counts that the coordinator invents: hospitals sign what they are given.",
-        instead="Nothing about patients leaks by it; each hospital has its own figures and its veto.",
+        defect="Pooled counts that the coordinator invents: hospitals cannot see whether they are the sum.",
+        instead="Nothing about patients leaks by it. A hospital signs one set of counts, is told where they "
+        "cannot contain its own part, and has its own figures and its veto.",
     ),
     BlindSpot(
         defect="Traces that are not in the released model: timing, memory, logs of the hospital's machine.",

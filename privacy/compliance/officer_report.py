@@ -31,6 +31,7 @@ from privacy.compliance.report_figures import (
     budget_figures,
     confidence,
     given_ledgers,
+    left_out_of_audit,
 )
 from privacy.compliance.statements import ShownStatement, bundle_statements
 from privacy.compliance.verify import DECISION, RELEASE, Examination, examine_bundle
@@ -135,6 +136,7 @@ def officer_report(
         budgets=_or_missing(lambda: budget_figures(_need(opened))),
         audit=_or_missing(lambda: audit_figures(_need(opened))),
         curve=_or_missing(lambda: attack_curve(_need(opened), spent=_worst(examined)[0])),
+        left_out=_or_missing(lambda: left_out_of_audit(_need(opened))),
         drawn=_or_missing(lambda: attack_is_drawn(_need(opened))),
         guarantee=None if plan is None else _guarantee(plan, examined),
         conditions=_conditions(examined),

@@ -299,6 +299,13 @@ def confidence(plan: StudyPlan, name: str) -> str:
     return f"{100 * (1 - miss):.3g}"
 
 
+def left_out_of_audit(opened: OpenedEvidence) -> tuple[str, ...]:
+    """Sites of the plan whose patients are in no figure of the audit. Raises EvidenceError."""
+    site = next(iter(opened.recomputed))
+    audited = set(opened.verdicts[site].predicate["survivors"])
+    return tuple(name for name in opened.sites if name not in audited)
+
+
 def attack_is_drawn(opened: OpenedEvidence) -> bool:
     """Whether the counts carry the attack's own curve: with less power than the plan asks it is noise."""
     power = next(iter(opened.recomputed.values())).condition("power").figure

@@ -80,13 +80,13 @@ def conditions_of(plan: StudyPlan) -> dict[str, str]:
 
 
 _AUDIT_BOUNDS = {
-    "membership_attack": "lower end of AUC <= {:.4g}",
+    "membership_attack": "AUC interval neither above {0:.4g} nor below 1 - {0:.4g}",
     "power": ">= {:.4g}",
     "control_public_loss": "interval contains {:.4g}",
     "control_members": "interval contains {:.4g}",
     "control_planted_leak": "p <= {:.4g}",
     "copies": "lower end <= {:.4g} patients",
-    SECONDARY: "lower ends of AUC <= {:.4g}",
+    SECONDARY: "AUC intervals neither above {0:.4g} nor below 1 - {0:.4g}",
 }
 
 

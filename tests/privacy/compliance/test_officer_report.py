@@ -23,7 +23,7 @@ from privacy.audit.verdict import level_of_test
 from privacy.compliance.officer_report import OfficerReport, officer_report
 from privacy.compliance.page import visible
 from privacy.compliance.recheck import REQUIRED_CONDITIONS
-from privacy.compliance.report_figures import attack_curve, attack_is_drawn, confidence
+from privacy.compliance.report_figures import attack_curve, attack_is_drawn, confidence, left_out_of_audit
 from privacy.compliance.verify import examine_bundle
 from server.release.log import append_withdrawal
 from shared.identity import SigningKey
@@ -135,6 +135,19 @@ def test_a_bars_confidence_is_what_its_ends_leave(study: Study) -> None:
     for name, ends in (("membership_attack", 2), ("copies", 2), ("control_members", 1)):
         miss = ends * level_of_test(study.plan, name)
         assert float(confidence(study.plan, name)) == pytest.approx(100 * (1 - miss), abs=0.06)
+
+
+def test_hospitals_that_were_left_out_of_the_audit_are_named(
+    bundle: Path, honest: OfficerReport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "Not every hospital took part" not in Page(honest.html).text
+    opened = examine_bundle(bundle).evidence
+    assert opened is not None and left_out_of_audit(opened) == ()
+    for statement in opened.verdicts.values():
+        statement.predicate["survivors"].remove("gamma")  # type: ignore[attr-defined]
+    assert left_out_of_audit(opened) == ("gamma",)
+    monkeypatch.setattr("privacy.compliance.officer_report.left_out_of_audit", lambda _: ("gamma",))
+    assert "Not every hospital took part in the audit: gamma did not." in Page(report_on(bundle).html).text
 
 
 def test_a_curve_that_is_noise_is_not_drawn(study: Study, bundle: Path, honest: OfficerReport) -> None:
