@@ -71,6 +71,8 @@ class SitePolicy(BaseModel):
     min_significance: float = Field(default=0.05, gt=0, lt=0.5)
     """A plan with a smaller level blocks less easily."""
     min_copy_samples: int = Field(default=500, ge=0)
+    min_copy_distance: float = Field(default=0.1, ge=0)
+    """Least distance under which a plan counts a member as copied: far below it nothing ever counts."""
     require_copy_embedding: bool = False
     """True refuses plans that name no embedding for the copy check: they would compare latents, in which a
     mirrored or shifted copy is far from its original."""
@@ -168,6 +170,7 @@ class SitePolicy(BaseModel):
             "min_power": (audit.min_power, self.min_power),
             "min_significance": (audit.significance, self.min_significance),
             "min_copy_samples": (audit.copy_samples, self.min_copy_samples),
+            "min_copy_distance": (audit.copy_distance, self.min_copy_distance),
             "min_mechanism_canaries": (
                 audit.mechanism_canaries,
                 self.min_mechanism_canaries if plan.privacy.mode == "distributed" else 0,

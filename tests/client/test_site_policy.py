@@ -59,6 +59,7 @@ ONE_CLAUSE: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("allow_low_power", {}, {"audit__low_power": "accept"}),
     ("min_significance", {}, {"audit__significance": 0.01}),
     ("min_copy_samples", {}, {"audit__copy_samples": 499}),
+    ("min_copy_distance", {}, {"audit__copy_distance": 0.09}),
     ("require_copy_embedding", {"require_copy_embedding": True}, {}),
     ("copy_embedding_sha256", {"copy_embedding_sha256": "ab" * 32}, {}),
     (

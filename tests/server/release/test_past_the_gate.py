@@ -272,6 +272,7 @@ ATTEMPTS: list[Attempt] = [
     ("plan that asks for no power", lambda s: at_a_site(s, changed_plan(s, "audit", min_power=0.0)), "min_power"),
     ("plan that tolerates copies", lambda s: at_a_site(s, changed_plan(s, "audit", max_copied_patients=100)), "max_copied_share"),
     ("plan that looks for no copies", lambda s: at_a_site(s, changed_plan(s, "audit", copy_samples=0)), "min_copy_samples"),
+    ("plan under which nothing is near enough to be a copy", lambda s: at_a_site(s, changed_plan(s, "audit", copy_distance=1e-6)), "min_copy_distance"),
     ("plan with a hundred audits", lambda s: at_a_site(s, changed_plan(s, "privacy", max_audit_attempts=100)), "max_audit_attempts"),
     ("plan that one site's approval releases", lambda s: at_a_site(s, changed_plan(s, "release", site_approvals=1)), "min_site_approvals"),
     ("plan without the officer", lambda s: at_a_site(s, changed_plan(s, "release", officer_approval=False)), "require_officer_approval"),
