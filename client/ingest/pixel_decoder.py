@@ -1,6 +1,7 @@
 """Stored values of DICOM files; compressed ones are decoded in a process of their own.
 
 pydicom decodes with GDCM (JPEG), pyjpegls (JPEG-LS), OpenJPEG (JPEG 2000, HTJ2K) and its own RLE decoder.
+Lossy JPEG of 12 bits, for which pydicom does not use GDCM, is read by GDCM itself, and like by DCMTK.
 Decoders of JPEG, JPEG-LS and JPEG 2000 are native code of many authors, and some abort the process on broken
 streams (GDCM does, on a Huffman table that is not one). So they run in a child that gets a path on its
 standard input and answers with shape, type and bytes. If it dies or hangs, that one file is refused and the
@@ -23,13 +24,14 @@ from typing import IO, Any
 import numpy as np
 import pydicom
 from numpy.typing import NDArray
+from pydicom.encaps import generate_frames
 from pydicom.uid import JPEGExtended12Bit, RLELossless
 
 from client.ingest.scan import ProblemKind, UnusableScanError
 from shared.volumes.nifti import MAX_VOXELS
 
 TIMEOUT_S = 120
-_HINT = "; 12-bit JPEG needs the package pylibjpeg-libjpeg, which is under the GPL"
+_END_OF_IMAGE = b"\xff\xd9"
 
 
 def stored_values(path: Path) -> NDArray[Any]:
@@ -38,7 +40,6 @@ def stored_values(path: Path) -> NDArray[Any]:
     Raises:
         UnusableScanError: the file has no pixels that can be decoded.
     """
-    hint = ""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -47,11 +48,10 @@ def stored_values(path: Path) -> NDArray[Any]:
             if syntax is None or not syntax.is_compressed or syntax == RLELossless:
                 stored: NDArray[Any] = dataset.pixel_array
                 return stored
-            hint = _HINT if syntax == JPEGExtended12Bit else ""
         return _CHILD.decode(path)
     except Exception as error:  # decoders of many authors: whatever they raise, there are no pixels
         reason = f"{path.name}: {type(error).__name__}: {error}".splitlines()[0][:200]
-        raise UnusableScanError(ProblemKind.UNDECODABLE_PIXELS, reason + hint) from error
+        raise UnusableScanError(ProblemKind.UNDECODABLE_PIXELS, reason) from error
 
 
 class _Child:
@@ -111,13 +111,44 @@ def _read_answer(stream: IO[bytes]) -> NDArray[Any]:
     return np.frombuffer(data, dtype).reshape(shape)
 
 
+def _decoded(path: Path) -> NDArray[Any]:
+    dataset = pydicom.dcmread(path, force=True)
+    if dataset.file_meta.TransferSyntaxUID == JPEGExtended12Bit and dataset.BitsStored != 8:
+        return _twelve_bit_jpeg(path, dataset)
+    values: NDArray[Any] = dataset.pixel_array
+    return values
+
+
+def _twelve_bit_jpeg(path: Path, dataset: pydicom.Dataset) -> NDArray[Any]:
+    """Lossy JPEG of 12 bits by GDCM. Raises ValueError."""
+    import gdcm
+
+    frames = int(dataset.get("NumberOfFrames") or 1)
+    encoded = generate_frames(dataset.PixelData, number_of_frames=frames)
+    if not all(frame.rstrip(b"\0").endswith(_END_OF_IMAGE) for frame in encoded):
+        raise ValueError("a JPEG stream is cut short")
+    reader = gdcm.ImageReader()
+    reader.SetFileName(str(path))
+    if dataset.SamplesPerPixel != 1 or not reader.Read():
+        raise ValueError("not a 12-bit JPEG of one channel that GDCM can read")
+    image = reader.GetImage()
+    buffer = image.GetBuffer()  # bytes, as text with surrogates
+    data = buffer.encode("utf-8", "surrogateescape") if isinstance(buffer, str) else bytes(buffer)
+    shape = (frames, int(dataset.Rows), int(dataset.Columns))
+    signed = dataset.PixelRepresentation == 1
+    if image.GetPixelFormat().GetBitsAllocated() != 16 or len(data) != 2 * math.prod(shape):
+        raise ValueError(f"the pixels are not {shape} values of 16 bits")
+    values = np.frombuffer(data, "<i2" if signed else "<u2").reshape(shape)
+    return values[0] if frames == 1 else values
+
+
 def _serve(requests: IO[bytes], answers: IO[bytes]) -> None:
     """Answer paths with values until the parent goes."""
     for line in requests:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                values = np.ascontiguousarray(pydicom.dcmread(json.loads(line), force=True).pixel_array)
+                values = np.ascontiguousarray(_decoded(Path(json.loads(line))))
             head = {"shape": values.shape, "dtype": values.dtype.str}
         except Exception as error:  # as in stored_values
             head, values = {"error": f"{type(error).__name__}: {error}"[:500]}, np.empty(0)

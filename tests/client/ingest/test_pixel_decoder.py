@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pydicom
 import pydicom.data
 import pytest
+from pydicom.encaps import encapsulate, generate_frames
 
 from client.ingest import pixel_decoder
 from client.ingest.dicom_index import index_files
@@ -48,6 +50,23 @@ def test_mangled_files_are_read_or_refused_and_nothing_else(tmp_path: Path, name
             refused += 1
     assert refused > 3
     stored_values(PYDICOM / "MR_small_jp2klossless.dcm")
+
+
+@pytest.mark.parametrize("name", ["JPEG-lossy", "JPGExtended"])
+def test_lossy_jpeg_of_12_bits_is_decoded_as_dcmtk_does(name: str, tmp_path: Path) -> None:
+    """The hash is of what DCMTK's dcmdjpeg (3.6.7) makes of both files; a cut stream is refused."""
+    path = PYDICOM / f"{name}.dcm"
+    values = stored_values(path)
+    assert values.shape == (1024, 256) and (int(values.min()), int(values.max())) == (0, 264)
+    assert hashlib.sha256(values.astype("<u2").tobytes()).hexdigest() == (
+        "d30242775a414c01d616447854ebe3f2b20259822894bcd6891f879bcdcbf313"
+    )
+    dataset = pydicom.dcmread(path)
+    [stream] = generate_frames(dataset.PixelData, number_of_frames=1)
+    dataset.PixelData = encapsulate([stream[: len(stream) // 2]])
+    dataset.save_as(tmp_path / "cut.dcm")
+    with pytest.raises(UnusableScanError, match=r"cut\.dcm.*cut short"):
+        stored_values(tmp_path / "cut.dcm")
 
 
 def test_a_decoder_that_dies_costs_one_file() -> None:
