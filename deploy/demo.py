@@ -466,6 +466,7 @@ class DecathlonScans:
             "coordinator", "coordinator", "pretrain", "--study", STUDY, "--preset", "tiny",
             *self._source("public"), "--conditions", "normal,small", "--labels", "anterior,posterior",
             "--autoencoder-steps", "800", "--prior-steps", "400", "--embedding-steps", "100",
+            "--segmenter-steps", "0",
             "--copy-samples", str(self.COPY_SAMPLES), *self.serve_choices,
         )  # fmt: skip
 

@@ -19,12 +19,16 @@ from server.pretrain import (
     default_recipe,
     held_out_patients,
     pretrain,
+    public_data_sha256,
     public_phantoms,
     recipe_covariates,
 )
 from server.public_calibration import calibrate_public, save_calibration
+from server.public_segmenter import default_segmenter_schedule
+from server.release_quality import PublicScans
 from shared.errors import CoordinatorError, UsageError
 from shared.home import private_directory
+from shared.model.conditioning import ConditionTable
 from shared.model.presets import preset_named
 from shared.model.shipped import (
     AUTOENCODER_FILE,
@@ -32,9 +36,10 @@ from shared.model.shipped import (
     RANGES_FILE,
     RECIPE_FILE,
     PretrainedPair,
+    read_pair,
     shipped_pair,
 )
-from shared.plan_package import COPY_EMBEDDING_FILE
+from shared.plan_package import COPY_EMBEDDING_FILE, SEGMENTER_FILE
 from shared.study_plan import CovariateClause
 from shared.volumes.canonical_grid import CanonicalGrid, to_canonical
 
@@ -42,6 +47,7 @@ Progress = Callable[[str, int, int], None]
 
 CALIBRATION_PATIENTS = 120
 CALIBRATION_SEED = 20_002
+EVALUATION_SEED = 20_003
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +68,8 @@ def take_shipped(folder: Path, *, preset: str, progress: Progress | None = None)
     names = [AUTOENCODER_FILE, PRIOR_FILE, RECIPE_FILE, RANGES_FILE]
     if pair.copy_embedding_path is not None:
         names.append(COPY_EMBEDDING_FILE)
+    if pair.segmenter_path is not None:
+        names.append(SEGMENTER_FILE)
     for name in names:
         shutil.copyfile(pair.autoencoder_path.with_name(name), folder / name)
     if progress is not None:
@@ -85,6 +93,7 @@ def train_on(
     autoencoder_steps: int | None,
     prior_steps: int | None,
     embedding_steps: int | None,
+    segmenter_steps: int | None = None,
     bfloat16: bool = False,
     copy_samples: int = 500,
     seed: int,
@@ -113,12 +122,18 @@ def train_on(
         recipe = replace(recipe, prior=replace(recipe.prior, steps=prior_steps))
     if embedding_steps is not None:
         recipe = replace(recipe, copy_embedding=replace(recipe.copy_embedding, steps=embedding_steps))
+    if segmenter_steps == 0:
+        recipe = replace(recipe, segmenter=None)
+    elif segmenter_steps is not None:
+        schedule = recipe.segmenter or default_segmenter_schedule(seed=seed)
+        recipe = replace(recipe, segmenter=replace(schedule, steps=segmenter_steps))
     if bfloat16:
         recipe = replace(
             recipe,
             autoencoder=replace(recipe.autoencoder, bfloat16=True),
             prior=replace(recipe.prior, bfloat16=True),
             copy_embedding=replace(recipe.copy_embedding, bfloat16=True),
+            segmenter=None if recipe.segmenter is None else replace(recipe.segmenter, bfloat16=True),
         )
     patients = sorted({volume.patient_id for volume in volumes})
     pair = pretrain(
@@ -196,6 +211,52 @@ def read_public(
             remedy="mend or leave out what is listed",
         )
     return volumes
+
+
+def scans_to_evaluate(folder: Path, source: PublicSource | None) -> tuple[PretrainedPair, PublicScans]:
+    """The study's public networks, and public scans to hold its release against.
+
+    Where the source has the very scans that pretraining had, the patients that it held out count; other scans
+    count all. Without a source: simulated scans of all conditions, for the pair that ships.
+
+    Raises:
+        CoordinatorError: a public scan is not sound; every problem is named.
+        UsageError: the folder has no networks.
+    """
+    pair = read_pair(folder)
+    recipe = pair.recipe
+    preset = preset_named(str(recipe["preset"]))
+    names = tuple(str(name) for name in recipe["conditions"])
+    labels = tuple(str(name) for name in recipe["labels"])
+    if source is None:
+        fresh = public_phantoms(
+            n_patients=CALIBRATION_PATIENTS,
+            seed=EVALUATION_SEED,
+            fractions={name: 1.0 / len(names) for name in names},
+        )
+        first = set(held_out_patients((volume.patient_id for volume in fresh), 0.5))
+        return pair, PublicScans(
+            held_out=[volume for volume in fresh if volume.patient_id in first],
+            further=[volume for volume in fresh if volume.patient_id not in first],
+            description="They are simulated, of patients that nobody trained on",
+        )
+    covariates = recipe_covariates(recipe)
+    grid = CanonicalGrid(shape=preset.grid_shape, spacing_mm=preset.spacing_mm)
+    volumes = read_public(source, grid, conditions=names, labels=labels, covariates=covariates)
+    sha256 = public_data_sha256(
+        volumes, ConditionTable(names, covariates), n_labels=len(labels), preset=preset
+    )
+    if sha256 != recipe["data"]["sha256"]:
+        return pair, PublicScans(
+            held_out=volumes, further=(), description="They are other scans than pretraining had"
+        )
+    patients = {volume.patient_id for volume in volumes}
+    unseen = set(held_out_patients(patients, float(recipe["recipe"]["held_out_share"])))
+    return pair, PublicScans(
+        held_out=[volume for volume in volumes if volume.patient_id in unseen],
+        further=[volume for volume in volumes if volume.patient_id not in unseen],
+        description="They were held out of pretraining, by patient",
+    )
 
 
 def _calibrate(

@@ -141,6 +141,7 @@ def release(store: StudyStore, key: SigningKey, *, license_text: str | None = No
         autoencoder=package.autoencoder,
         candidate=store.candidate_path,
         plausibility=package.plausibility,
+        segmenter=package.segmenter,
         key=key,
         at=now_utc(),
         license_text=license_text,

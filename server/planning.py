@@ -174,6 +174,7 @@ def draft_plan(choices: PlanChoices, *, roster: RosterClause, public: Path) -> S
                 "covariates": [covariate.model_dump(mode="json") for covariate in covariates],
                 "modality": choices.modality,
                 "plausibility_sha256": hash_file(ranges) if ranges.exists() else None,
+                "segmenter_sha256": None if pair.segmenter_path is None else hash_file(pair.segmenter_path),
                 "simulated": choices.simulated,
             },
             "model": {

@@ -1,5 +1,5 @@
-"""Pretraining on public volumes: the frozen autoencoder, the prior that the hospitals start from, and the
-embedding of the copy check.
+"""Pretraining on public volumes: the frozen autoencoder, the prior that the hospitals start from, the copy
+check's embedding, and the segmenter that synthetic masks are held against.
 
 The volumes are declared public by the coordinator; no member's scan may be among them. Patients, not scans,
 are held out to choose the prior. A condition without a public volume gets a row in the embedding table all
@@ -26,6 +26,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from server.public_segmenter import (
+    SEGMENTER_AUGMENTATION,
+    SEGMENTER_DISGUISES,
+    default_segmenter_schedule,
+    pretrain_segmenter,
+)
 from shared.checkpoint import file_sha256, load_tensors
 from shared.errors import CoordinatorError
 from shared.model.autoencoder import LatentAutoencoder, build_autoencoder
@@ -56,7 +62,7 @@ from shared.model.training import (
     train_denoiser,
 )
 from shared.model.weights import load_weights, save_weights
-from shared.plan_package import COPY_EMBEDDING_FILE
+from shared.plan_package import COPY_EMBEDDING_FILE, SEGMENTER_FILE
 from shared.study_plan import CovariateClause
 from shared.volumes import phantom
 from shared.volumes.intensity import normalise_intensity
@@ -103,6 +109,8 @@ class PretrainingRecipe:
         prior_augmentation: Mild, so that the prior stays true to the public volumes.
         embedding_augmentation: Makes further "patients" for the embedding to tell apart.
         disguises: What a copy may have been through and must still be near.
+        segmenter: Schedule of the segmenter; None, or too few volumes to learn ranges from, trains none.
+        segmenter_augmentation, segmenter_disguises: What the segmenter has to cope with.
         copies: Augmented copies of each public volume whose latents the prior trains on.
         held_out_share: Share of public patients held out (at least one patient).
     """
@@ -115,8 +123,18 @@ class PretrainingRecipe:
     prior_augmentation: Augmentation = field(default_factory=Augmentation)
     embedding_augmentation: Augmentation = field(default_factory=Augmentation)
     disguises: Disguise = field(default_factory=Disguise)
+    segmenter: TrainingSchedule | None = None
+    segmenter_augmentation: Augmentation = SEGMENTER_AUGMENTATION
+    segmenter_disguises: Disguise = SEGMENTER_DISGUISES
     copies: int = 4
     held_out_share: float = 0.15
+
+    def to_json(self) -> dict[str, Any]:
+        """For the recipe's file; without a segmenter, nothing of one."""
+        document = asdict(self)
+        if self.segmenter is None:
+            document = {key: value for key, value in document.items() if not key.startswith("segmenter")}
+        return document
 
 
 def default_recipe(preset: ModelPreset, *, seed: int) -> PretrainingRecipe:
@@ -139,6 +157,7 @@ def default_recipe(preset: ModelPreset, *, seed: int) -> PretrainingRecipe:
         ),
         autoencoder_augmentation=Augmentation(flip_axes=(2,), zoom=(0.85, 1.2), stretch=0.05, shift=0.08),
         prior_augmentation=Augmentation(flip_axes=(), zoom=(0.93, 1.07), stretch=0.03, shift=0.06),
+        segmenter=default_segmenter_schedule(seed=seed),
         copies=24,
         held_out_share=0.2,
     )
@@ -192,7 +211,7 @@ def pretrain(
     fingerprint = _data_sha256(image_N1DHW, mask_NDHW, condition_N)
     states = {
         stage: state_dir / f"{stage}-{fingerprint[:16]}.safetensors"
-        for stage in ("autoencoder", "prior", "copy-embedding")
+        for stage in ("autoencoder", "prior", "copy-embedding", "segmenter")
     }
     if not resume:
         for path in states.values():
@@ -253,6 +272,23 @@ def pretrain(
         progress=progress,
         state_path=states["copy-embedding"],
     )
+    segmenter_path, agreement = None, None
+    if recipe.segmenter is not None and len(volumes) >= MIN_SCANS:
+        segmenter_path = out_dir / SEGMENTER_FILE
+        agreement = pretrain_segmenter(
+            segmenter_path,
+            (image_N1DHW, mask_NDHW),
+            decode_batches(autoencoder, encode_batches(autoencoder, image_N1DHW, mask_NDHW)),
+            held_out_N,
+            labels=labels,
+            schedule=recipe.segmenter,
+            augmentation=recipe.segmenter_augmentation,
+            disguises=recipe.segmenter_disguises,
+            metadata=header,
+            device=device,
+            progress=progress,
+            state_path=states["segmenter"],
+        )
     counts = Counter(volume.condition for volume in volumes)
     most_frequent = table.index_of(max(table.names, key=lambda name: counts[name]))
     unseen = [name for name in table.names if counts[name] == 0]
@@ -265,6 +301,9 @@ def pretrain(
     save_weights(denoiser, prior_path, {**header, "network": "prior"}, half=True)
     load_weights(denoiser, prior_path)
 
+    networks = [AUTOENCODER_FILE, PRIOR_FILE, COPY_EMBEDDING_FILE]
+    if segmenter_path is not None:
+        networks.append(SEGMENTER_FILE)
     document = {
         "format": "lacuna/pretraining-recipe/v1",
         "preset": preset.name,
@@ -280,7 +319,7 @@ def pretrain(
             "scans_by_condition": dict(sorted(counts.items())),
             "sha256": fingerprint,
         },
-        "recipe": asdict(recipe),
+        "recipe": recipe.to_json(),
         "parameters": {
             "autoencoder": sum(p.numel() for p in autoencoder.parameters()),
             "denoiser": sum(p.numel() for p in denoiser.parameters()),
@@ -296,10 +335,10 @@ def pretrain(
         "torch": str(torch.__version__),
         "torch_threads": torch.get_num_threads(),
         "wall_seconds_of_this_process": round(time.monotonic() - started, 1),
-        "sha256": {
-            name: file_sha256(out_dir / name) for name in (AUTOENCODER_FILE, PRIOR_FILE, COPY_EMBEDDING_FILE)
-        },
+        "sha256": {name: file_sha256(out_dir / name) for name in networks},
     }
+    if segmenter_path is not None and agreement is not None:
+        document["segmenter_held_out"] = {"scans": agreement.scans, "least_dice": agreement.low}
     if image_autoencoder is not None or image_denoiser is not None:
         document["public_weights_sha256"] = {
             path.name: file_sha256(path) for path in (image_autoencoder, image_denoiser) if path is not None
@@ -320,12 +359,13 @@ def pretrain(
         else None
     )
     if ranges is not None:
-        write_ranges(out_dir / RANGES_FILE, ranges)
+        write_ranges(out_dir / RANGES_FILE, ranges.model_copy(update={"agreement": agreement}))
     write_recipe(out_dir / RECIPE_FILE, document)
     return PretrainedPair(
         autoencoder_path=autoencoder_path,
         prior_path=prior_path,
         copy_embedding_path=embedding_path,
+        segmenter_path=segmenter_path,
         recipe=document,
     )
 
@@ -531,6 +571,13 @@ def _augmented_latents(
         image, mask = augment(image_N1DHW, mask_NDHW, recipe.prior_augmentation, generator)
         pieces.append(encode_batches(autoencoder, image, mask))
     return torch.cat(pieces), condition_N.repeat(recipe.copies)
+
+
+def public_data_sha256(
+    volumes: Sequence[PublicVolume], table: ConditionTable, *, n_labels: int, preset: ModelPreset
+) -> str:
+    """What a recipe calls its volumes: the same for the same scans. Raises CoordinatorError."""
+    return _data_sha256(*_stack(volumes, table, n_labels, preset))
 
 
 def _data_sha256(*tensors: Tensor) -> str:

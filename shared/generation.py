@@ -25,6 +25,7 @@ from shared.model.denoiser import Denoiser
 from shared.model.diffusion import diffusion_of
 from shared.model.presets import preset_named
 from shared.model.sampling import interpolated_noise, sample_latents
+from shared.model.segmenter import Segmenter, load_segmenter
 from shared.model.weights import load_weights
 from shared.study_plan import CovariateClause
 from shared.volumes.contact_sheet import contact_sheet
@@ -52,6 +53,7 @@ INFERENCE_FILE = "configs/inference.json"
 AUTOENCODER_FILE = "models/autoencoder.safetensors"
 DENOISER_FILE = "models/denoiser.safetensors"
 PLAUSIBILITY_FILE = "configs/plausibility.json"
+SEGMENTER_FILE = "models/segmenter.safetensors"
 RELEASE_FILE = "attestations/release.dsse.json"
 """The signed release statement; its SHA-256 is what the release log calls the bundle."""
 
@@ -248,7 +250,8 @@ def generate_volumes(
     on where it stopped.
 
     Where the bundle carries ranges of plausibility (:mod:`shared.volumes.plausibility`), a sample outside
-    them is not written; sampling goes on with the next index until ``count`` are there.
+    them, or whose mask is not what the bundle's segmenter finds in the image, is not written; sampling goes
+    on with the next index until ``count`` are there.
 
     Args:
         bundle_dir: A released bundle.
@@ -296,6 +299,7 @@ def generate_volumes(
     if not 1 <= steps <= 1000 or not 0 <= guidance <= 100:
         raise UsageError(f"{steps} steps (1 to 1000), guidance {guidance} (0 to 100)")
     ranges = read_bundle_ranges(bundle_dir, metadata)
+    segmenter = load_bundle_segmenter(bundle_dir, metadata, ranges, device=device)
     provenance = Provenance(
         bundle_sha256=file_sha256(bundle_dir / RELEASE_FILE),
         bundle_files_sha256=files_sha256(bundle_dir),
@@ -315,7 +319,7 @@ def generate_volumes(
         out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"{out_dir}: cannot be made ({error.strerror})") from error
-    run = _Run(how, out_dir, provenance, ranges, metadata.spacing_mm, max_rejected_share)
+    run = _Run(how, out_dir, provenance, ranges, segmenter, metadata.spacing_mm, max_rejected_share)
     generator = None
     while not run.done(count):
         size = min(batch_size, count - len(run.accepted), run.left(count))
@@ -349,11 +353,13 @@ class _Run:
         folder: Path,
         provenance: Provenance,
         ranges: PlausibilityRanges | None,
+        segmenter: Segmenter | None,
         spacing_mm: Spacing3,
         max_rejected_share: float,
     ) -> None:
         self._how, self._folder, self._provenance = how, folder, provenance
         self._ranges, self._spacing_mm, self._max_share = ranges, spacing_mm, max_rejected_share
+        self._segmenter = segmenter
         self.tried = self._written = 0
         self.accepted: list[int] = []
         self._rejected: list[tuple[int, tuple[Fault, ...]]] = []
@@ -378,11 +384,12 @@ class _Run:
         mask_BDHW: NDArray[np.uint8],
     ) -> None:
         """Check and write a batch. Raises ImplausibleError, OutputConflictError."""
-        for index, there, image_DHW, mask_DHW in zip(indices, present, image_BDHW, mask_BDHW, strict=True):
+        faults_B = batch_faults(
+            image_BDHW, mask_BDHW, self._ranges, self._segmenter, spacing_mm=self._spacing_mm
+        )
+        for row, (index, there) in enumerate(zip(indices, present, strict=True)):
             self.tried += 1
-            found: list[Fault] = []
-            if self._ranges is not None and not there:
-                found = faults(image_DHW, mask_DHW, self._ranges, spacing_mm=self._spacing_mm)
+            found = [] if there else faults_B[row]
             if found:
                 self._rejected.append((index, tuple(found)))
                 self._check_limit()
@@ -394,8 +401,8 @@ class _Run:
                     self._folder,
                     self._provenance,
                     index,
-                    image_DHW=image_DHW,
-                    mask_DHW=mask_DHW,
+                    image_DHW=image_BDHW[row],
+                    mask_DHW=mask_BDHW[row],
                 )
                 self._written += 1
 
@@ -452,6 +459,24 @@ class _Run:
         )
 
 
+def batch_faults(
+    image_BDHW: NDArray[np.float32],
+    mask_BDHW: NDArray[np.uint8],
+    ranges: PlausibilityRanges | None,
+    segmenter: Segmenter | None,
+    *,
+    spacing_mm: Spacing3,
+) -> list[list[Fault]]:
+    """Everything that is implausible about each sample of a batch; nothing where there are no ranges."""
+    if ranges is None:
+        return [[] for _ in image_BDHW]
+    segmented_BDHW = [None] * len(image_BDHW) if segmenter is None else segmenter.segment(image_BDHW)
+    return [
+        faults(image_DHW, mask_DHW, ranges, spacing_mm=spacing_mm, segmented_DHW=segmented_DHW)
+        for image_DHW, mask_DHW, segmented_DHW in zip(image_BDHW, mask_BDHW, segmented_BDHW, strict=True)
+    ]
+
+
 def sample_format(
     name: FileFormat,
     bundle_dir: Path,
@@ -504,6 +529,25 @@ def read_bundle_ranges(bundle_dir: Path, metadata: BundleMetadata) -> Plausibili
     if ranges.labels != metadata.labels:
         raise BundleError(f"{path}: is about other labels than the bundle's")
     return ranges
+
+
+def load_bundle_segmenter(
+    bundle_dir: Path, metadata: BundleMetadata, ranges: PlausibilityRanges | None, *, device: str = "cpu"
+) -> Segmenter | None:
+    """The segmenter that the bundle's ranges name; None where they name none. Raises BundleError."""
+    if ranges is None or ranges.agreement is None:
+        return None
+    path = bundle_dir / SEGMENTER_FILE
+    try:
+        if not path.is_file() or file_sha256(path) != ranges.agreement.segmenter_sha256:
+            raise BundleError(
+                f"{path}: not the segmenter that {PLAUSIBILITY_FILE} names",
+                remedy="run `lacuna compliance verify` on the bundle",
+            )
+        segmenter = load_segmenter(path, n_labels=len(metadata.labels))
+    except MalformedMessageError as error:
+        raise BundleError(str(error), remedy="run `lacuna compliance verify` on the bundle") from error
+    return None if segmenter is None else segmenter.to(device)
 
 
 def smallest_label(masks: Sequence[NDArray[np.uint8]], labels: Sequence[str]) -> str:

@@ -2,7 +2,7 @@
 
 ``plan.json`` (canonical bytes), ``plan.toml`` (for people), ``plan.dsse.json`` (the coordinator's
 signature), and the public networks that the plan names by hash: autoencoder, prior, and the copy check's
-embedding where the plan has one. Whoever opens a package checks the
+embedding and the segmenter where the plan has them. Whoever opens a package checks the
 signature and every hash before anything is used.
 """
 
@@ -27,6 +27,9 @@ PLAUSIBILITY_FILE = "plausibility.json"
 """There where the plan names it."""
 
 COPY_EMBEDDING_FILE = "copy_embedding.safetensors"
+"""There where the plan names it."""
+
+SEGMENTER_FILE = "segmenter.safetensors"
 """There where the plan names it."""
 _CHUNK_BYTES = 1 << 20
 
@@ -57,6 +60,11 @@ class PlanPackage:
         """The copy check's network; None where the plan names none."""
         return None if self.plan.audit.copy_embedding_sha256 is None else self.root / COPY_EMBEDDING_FILE
 
+    @property
+    def segmenter(self) -> Path | None:
+        """The network that synthetic masks are held against; None where the plan names none."""
+        return None if self.plan.data.segmenter_sha256 is None else self.root / SEGMENTER_FILE
+
     def named_files(self) -> dict[Path, str]:
         """Every file that the plan names, with the SHA-256 that it names."""
         plan = self.plan
@@ -65,6 +73,7 @@ class PlanPackage:
             (self.prior, plan.model.prior_sha256),
             (self.plausibility, plan.data.plausibility_sha256),
             (self.copy_embedding, plan.audit.copy_embedding_sha256),
+            (self.segmenter, plan.data.segmenter_sha256),
         )
         return {path: sha256 for path, sha256 in files if path is not None and sha256 is not None}
 
@@ -104,11 +113,12 @@ def write_plan_package(
     prior: Path,
     plausibility: Path | None = None,
     copy_embedding: Path | None = None,
+    segmenter: Path | None = None,
 ) -> PlanPackage:
     """Sign a plan and write its package.
 
     Args:
-        plausibility, copy_embedding: Where the plan names one, and nowhere else.
+        plausibility, copy_embedding, segmenter: Where the plan names one, and nowhere else.
 
     Raises:
         CoordinatorError: the directory exists, the key is not the plan's, or a file is missing or not the
@@ -128,6 +138,7 @@ def write_plan_package(
         package.prior: prior,
         root / PLAUSIBILITY_FILE: plausibility,
         root / COPY_EMBEDDING_FILE: copy_embedding,
+        root / SEGMENTER_FILE: segmenter,
     }
     for target, path in given.items():
         if (None if path is None else hash_file(path)) != named.get(target):

@@ -31,6 +31,7 @@ _LATER_KEYS: dict[tuple[str, str], Any] = {
     ("data", "covariates"): [],
     ("data", "modality"): None,
     ("data", "plausibility_sha256"): None,
+    ("data", "segmenter_sha256"): None,
 }
 
 UNKNOWN_COVARIATE = "unknown"
@@ -165,6 +166,8 @@ class DataClause(Clause):
     """Of the scans; decides the DICOM object that synthetic scans are written as."""
     plausibility_sha256: Sha256Hex | None = None
     """Of the public ranges that synthetic scans are checked against (:mod:`shared.volumes.plausibility`)."""
+    segmenter_sha256: Sha256Hex | None = None
+    """Of the public network that synthetic masks are held against (:mod:`shared.model.segmenter`)."""
     simulated: bool = False
     """True where every scan is simulated; the only data that mode ``unprotected`` may see."""
 

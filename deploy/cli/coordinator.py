@@ -9,6 +9,7 @@ import click
 
 from deploy.cli.coordinator_network import add_network_commands
 from deploy.cli.coordinator_operations import add_operations_commands
+from deploy.cli.coordinator_quality import evaluate
 from deploy.cli.output import (
     console,
     json_option,
@@ -17,6 +18,7 @@ from deploy.cli.output import (
     read_input,
     write_output,
 )
+from deploy.cli.public_source import public_source_options
 from shared.errors import CoordinatorError, UsageError
 from shared.exit_codes import ExitCode
 
@@ -72,11 +74,7 @@ def enrol(request: Path, study_id: str, fingerprint: str, out: Path | None) -> N
 @study_option
 @click.option("--shipped", is_flag=True, help="Take the pair that ships for preset micro (simulated scans).")
 @click.option("--preset", default="tiny", show_default=True, help="Size of the networks to train.")
-@click.option("--nifti", type=PathType, help="Folder of PUBLIC NIfTI scans with manifest.csv.")
-@click.option("--decathlon", type=PathType, help="Folder of a Medical Segmentation Decathlon task.")
-@click.option("--patients", type=PathType, help="With --decathlon: table of patients (CSV).")
-@click.option("--only", type=PathType, help="With --decathlon: file with the ids of the PUBLIC patients.")
-@click.option("--volume-cut", type=float, help="With --decathlon: mm3 below which a scan counts as small.")
+@public_source_options
 @click.option("--conditions", help="Names of the conditions, separated by commas.")
 @click.option("--labels", help="Names of mask labels 1, 2, ..., separated by commas.")
 @click.option(
@@ -90,6 +88,9 @@ def enrol(request: Path, study_id: str, fingerprint: str, out: Path | None) -> N
 @click.option("--autoencoder-steps", type=int, help="Default: by preset.")
 @click.option("--prior-steps", type=int, help="Default: by preset.")
 @click.option("--embedding-steps", type=int, help="Of the copy check's embedding. Default: by preset.")
+@click.option(
+    "--segmenter-steps", type=click.IntRange(0), help="Of the masks' check; 0: none. Default: by preset."
+)
 @click.option(
     "--copy-samples",
     type=click.IntRange(1, 100_000),
@@ -126,6 +127,7 @@ def pretrain(
     autoencoder_steps: int | None,
     prior_steps: int | None,
     embedding_steps: int | None,
+    segmenter_steps: int | None,
     copy_samples: int,
     calibrate_attacks: bool,
     seed: int,
@@ -134,7 +136,8 @@ def pretrain(
 ) -> None:
     """Make the public networks, from public volumes only. Repeat it to continue.
 
-    An autoencoder, the prior that hospitals start from, and the embedding in which copies are looked for.
+    An autoencoder, the prior that hospitals start from, the embedding in which copies are looked for, and
+    the segmenter that synthetic masks are held against.
     """
     from deploy import public_networks
     from server.coordinator_home import CoordinatorHome
@@ -163,6 +166,7 @@ def pretrain(
                 autoencoder_steps=autoencoder_steps,
                 prior_steps=prior_steps,
                 embedding_steps=embedding_steps,
+                segmenter_steps=segmenter_steps,
                 bfloat16=bfloat16,
                 copy_samples=copy_samples,
                 calibrate_attacks=calibrate_attacks,
@@ -354,7 +358,12 @@ def plan_sign(study_id: str, out: Path | None) -> None:
 
     from privacy.dp.execution_plan import check_plan
     from server.coordinator_home import CoordinatorHome
-    from shared.plan_package import COPY_EMBEDDING_FILE, PLAUSIBILITY_FILE, write_plan_package
+    from shared.plan_package import (
+        COPY_EMBEDDING_FILE,
+        PLAUSIBILITY_FILE,
+        SEGMENTER_FILE,
+        write_plan_package,
+    )
     from shared.study_plan import load_plan_toml
 
     home = CoordinatorHome.default()
@@ -374,6 +383,7 @@ def plan_sign(study_id: str, out: Path | None) -> None:
         prior=public / "prior.safetensors",
         plausibility=public / PLAUSIBILITY_FILE if plan.data.plausibility_sha256 else None,
         copy_embedding=public / COPY_EMBEDDING_FILE if plan.audit.copy_embedding_sha256 else None,
+        segmenter=public / SEGMENTER_FILE if plan.data.segmenter_sha256 else None,
     )
     click.echo(f"signed plan {study_id} ({plan.digest().hex()[:16]}): {package.root}")
     if out is not None:
@@ -568,3 +578,4 @@ def compare(
 
 add_network_commands(command)
 add_operations_commands(command)
+command.add_command(evaluate)

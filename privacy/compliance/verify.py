@@ -44,6 +44,7 @@ AUTOENCODER = "models/autoencoder.safetensors"
 DENOISER = "models/denoiser.safetensors"
 METADATA = "configs/metadata.json"
 PLAUSIBILITY = "configs/plausibility.json"
+SEGMENTER = "models/segmenter.safetensors"
 MODEL_CARD = "docs/README.md"
 REQUIRED_FILES = (
     AUTOENCODER,
@@ -471,6 +472,8 @@ class _Verification:
             expected["covariates"] = [c.model_dump(mode="json") for c in plan.data.covariates]
         if self.digests.get(PLAUSIBILITY) != plan.data.plausibility_sha256:
             expected["plausibility"] = PLAUSIBILITY
+        if self.digests.get(SEGMENTER) != plan.data.segmenter_sha256:
+            expected["segmenter"] = SEGMENTER
         if plan.data.modality or "modality" in stated:
             expected["modality"] = plan.data.modality
         faults = [name for name, value in expected.items() if stated.get(name) != value]

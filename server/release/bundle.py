@@ -40,6 +40,7 @@ RELEASE_PREDICATE = "release/v1"
 RELEASE_NAME = "attestations/release.dsse.json"
 AUTOENCODER_NAME = "models/autoencoder.safetensors"
 PLAUSIBILITY_NAME = "configs/plausibility.json"
+SEGMENTER_NAME = "models/segmenter.safetensors"
 DENOISER_NAME = "models/denoiser.safetensors"
 
 
@@ -88,6 +89,7 @@ def write_bundle(
     autoencoder: Path,
     candidate: Path,
     plausibility: Path | None = None,
+    segmenter: Path | None = None,
     key: SigningKey,
     at: str,
     version: str = "1.0.0",
@@ -102,6 +104,7 @@ def write_bundle(
         autoencoder: Weights that the plan names by hash; go in as they are.
         candidate: Weights that were audited; go in as they are.
         plausibility: Ranges that the plan names by hash; None where it names none.
+        segmenter: The same of the segmenter's weights.
         key: The coordinator's.
         at: Time of the release, ``2026-01-31T12:00:00Z``.
         version: The bundle's version.
@@ -126,7 +129,7 @@ def write_bundle(
         approvals,
         autoencoder=autoencoder,
         candidate=candidate,
-        plausibility=plausibility,
+        public={PLAUSIBILITY_NAME: plausibility, SEGMENTER_NAME: segmenter},
         at=at,
     )
     if reasons:
@@ -141,8 +144,9 @@ def write_bundle(
         (part / "models").mkdir()
         shutil.copyfile(autoencoder, part / AUTOENCODER_NAME)
         shutil.copyfile(candidate, part / DENOISER_NAME)
-        if plausibility is not None:
-            shutil.copyfile(plausibility, part / PLAUSIBILITY_NAME)
+        for name, file in ((PLAUSIBILITY_NAME, plausibility), (SEGMENTER_NAME, segmenter)):
+            if file is not None:
+                shutil.copyfile(file, part / name)
         statement = _release_statement(part, decision, at=at)
         release = sign_statement(statement, key)
         (part / RELEASE_NAME).write_bytes(release)
@@ -177,7 +181,7 @@ def _objections(
     *,
     autoencoder: Path,
     candidate: Path,
-    plausibility: Path | None,
+    public: Mapping[str, Path | None],
     at: str,
 ) -> list[str]:
     """Every reason against this release, in words."""
@@ -203,9 +207,12 @@ def _objections(
         check_in_force(evidence.plan, at, what="release")
     except EvidenceError as error:
         reasons.append(error.message)
-    named, brought = evidence.plan.data.plausibility_sha256, plausibility and file_sha256(plausibility)
-    if named != brought:
-        reasons.append(f"{PLAUSIBILITY_NAME}: {'not' if brought else 'missing, it is'} what the plan names")
+    data = evidence.plan.data
+    named = {PLAUSIBILITY_NAME: data.plausibility_sha256, SEGMENTER_NAME: data.segmenter_sha256}
+    for name, file in public.items():
+        brought = None if file is None else file_sha256(file)
+        if brought != named[name]:
+            reasons.append(f"{name}: {'not' if brought else 'missing, it is'} what the plan names")
     if given[AUTOENCODER_NAME] != evidence.plan.model.autoencoder_sha256:
         reasons.append(f"{AUTOENCODER_NAME}: not the autoencoder that the plan names")
     return reasons

@@ -9,7 +9,7 @@ from typing import Any
 from shared.canonical import parse_json
 from shared.checkpoint import file_sha256
 from shared.errors import UsageError
-from shared.plan_package import COPY_EMBEDDING_FILE, PLAUSIBILITY_FILE
+from shared.plan_package import COPY_EMBEDDING_FILE, PLAUSIBILITY_FILE, SEGMENTER_FILE
 
 _ROOT = Path(__file__).parent / "pretrained"
 
@@ -28,12 +28,14 @@ class PretrainedPair:
         autoencoder_path: safetensors, half precision.
         prior_path: safetensors, half precision.
         copy_embedding_path: The same of the copy check's embedding; None where the recipe names none.
+        segmenter_path: The same of the segmenter.
         recipe: The parsed ``recipe.json``: data, seeds, schedules, losses, hashes.
     """
 
     autoencoder_path: Path
     prior_path: Path
     copy_embedding_path: Path | None = None
+    segmenter_path: Path | None = None
     recipe: dict[str, Any]
 
 
@@ -53,10 +55,14 @@ def read_pair(directory: Path) -> PretrainedPair:
         )
     recipe = parse_json(paths[RECIPE_FILE].read_bytes(), what=str(paths[RECIPE_FILE]))
     expected = recipe.get("sha256", {}) if isinstance(recipe, dict) else {}
-    networks = [AUTOENCODER_FILE, PRIOR_FILE]
-    if COPY_EMBEDDING_FILE in expected:
-        networks.append(COPY_EMBEDDING_FILE)
-    for name in networks:
+    optional = {
+        name: directory / name if name in expected else None for name in (COPY_EMBEDDING_FILE, SEGMENTER_FILE)
+    }
+    for name in [
+        AUTOENCODER_FILE,
+        PRIOR_FILE,
+        *(name for name, path in optional.items() if path is not None),
+    ]:
         path = directory / name
         if not path.is_file() or expected.get(name) != file_sha256(path):
             raise UsageError(
@@ -66,7 +72,8 @@ def read_pair(directory: Path) -> PretrainedPair:
     return PretrainedPair(
         autoencoder_path=paths[AUTOENCODER_FILE],
         prior_path=paths[PRIOR_FILE],
-        copy_embedding_path=directory / COPY_EMBEDDING_FILE if COPY_EMBEDDING_FILE in expected else None,
+        copy_embedding_path=optional[COPY_EMBEDDING_FILE],
+        segmenter_path=optional[SEGMENTER_FILE],
         recipe=recipe,
     )
 

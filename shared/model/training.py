@@ -1,4 +1,4 @@
-"""Plain training on PUBLIC volumes: autoencoder, prior of the denoiser, and the copy check's embedding.
+"""Plain training on PUBLIC volumes: autoencoder, prior, the copy check's embedding, and the segmenter.
 
 Nothing here is private, and nothing here may see a member's scan. All loops are functions of a public seed
 and of their step: a run that was killed and resumed gives the weights of one that was not. They train on the
@@ -24,6 +24,7 @@ from shared.model.autoencoder import LatentAutoencoder
 from shared.model.copy_embedding import CopyEmbedding, Disguise, contrast_loss, disguise
 from shared.model.denoiser import Denoiser
 from shared.model.diffusion import drop_condition, drop_covariates, timesteps_from_normal
+from shared.model.segmenter import Segmenter
 from shared.model.weights import load_state_arrays, state_arrays
 
 Progress = Callable[[str, int, int, float], None]
@@ -148,16 +149,21 @@ def reconstruction_loss(
             )
     if weights.texture:
         loss = loss + weights.texture * (local_std(output_B1DHW) - local_std(image_B1DHW)).abs().mean()
+    loss = loss + weights.mask * mask_loss(logits_BKDHW, mask_BDHW)
+    variance_BCDHW = std_BCDHW.square()
+    kl = 0.5 * (mean_BCDHW.square() + variance_BCDHW - 1.0 - variance_BCDHW.log()).mean()
+    return loss + weights.kl * kl
+
+
+def mask_loss(logits_BKDHW: Tensor, mask_BDHW: Tensor) -> Tensor:
+    """Cross-entropy plus soft Dice (Milletari et al., 3DV 2016) of a mask, a scalar."""
     target_BDHW = mask_BDHW.long()
-    onehot_BKDHW = F.one_hot(target_BDHW, autoencoder.n_labels + 1).movedim(-1, 1).to(logits_BKDHW.dtype)
+    onehot_BKDHW = F.one_hot(target_BDHW, logits_BKDHW.shape[1]).movedim(-1, 1).to(logits_BKDHW.dtype)
     probability_BKDHW = logits_BKDHW.softmax(dim=1)
     overlap_BK = (probability_BKDHW * onehot_BKDHW).sum(dim=(2, 3, 4))
     size_BK = (probability_BKDHW + onehot_BKDHW).sum(dim=(2, 3, 4))
     dice = ((2.0 * overlap_BK + 1.0) / (size_BK + 1.0))[:, 1:].mean()
-    loss = loss + weights.mask * (F.cross_entropy(logits_BKDHW, target_BDHW) + 1.0 - dice)
-    variance_BCDHW = std_BCDHW.square()
-    kl = 0.5 * (mean_BCDHW.square() + variance_BCDHW - 1.0 - variance_BCDHW.log()).mean()
-    return loss + weights.kl * kl
+    return F.cross_entropy(logits_BKDHW, target_BDHW) + 1.0 - dice
 
 
 def local_std(image_B1DHW: Tensor) -> Tensor:
@@ -357,6 +363,39 @@ def train_copy_embedding(
         return contrast_loss(first, second, patient_B=patient_N[rows].to(device))
 
     _train("copy embedding", embedding, step_loss, schedule, progress, state_path)
+
+
+def train_segmenter(
+    segmenter: Segmenter,
+    image_N1DHW: Tensor,
+    shown_N1DHW: Tensor,
+    mask_NDHW: Tensor,
+    *,
+    schedule: TrainingSchedule,
+    augmentation: Augmentation,
+    disguises: Disguise,
+    progress: Progress | None = None,
+    state_path: Path | None = None,
+) -> None:
+    """Train on public volumes, as they are and as the autoencoder shows them; leave the averaged weights.
+
+    Args:
+        image_N1DHW: Public volumes in [0, 1].
+        shown_N1DHW: The same, encoded and decoded: as smooth as a generator's output.
+        mask_NDHW: Their labels, drawn by people; those of both.
+        disguises: Gain, noise and blur of the image; the mask must not be moved or blended.
+    """
+    pair_2N1DHW = torch.stack([image_N1DHW, shown_N1DHW])
+
+    def step_loss(generator: torch.Generator) -> Tensor:
+        rows = torch.randint(image_N1DHW.shape[0], (schedule.batch_size,), generator=generator)
+        which = torch.randint(2, (schedule.batch_size,), generator=generator)
+        image, mask = augment(pair_2N1DHW[which, rows], mask_NDHW[rows], augmentation, generator)
+        image, _ = disguise(image, image[:, :0], disguises, generator)
+        device = _device(segmenter)
+        return mask_loss(segmenter(image.to(device)), mask.to(device))
+
+    _train("segmenter", segmenter, step_loss, schedule, progress, state_path)
 
 
 @dataclass

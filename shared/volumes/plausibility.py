@@ -6,6 +6,9 @@ figure of the volume that has to lie in the range of the public scans, widened b
 on both sides: brightness and texture of the image; volume, place, connectedness and intensity of each label,
 contrast at its surface; and where labels lie to one another, which tells mirrored anatomy.
 
+Where a study has a public segmenter (:mod:`shared.model.segmenter`), the mask must also agree with what that
+network, which never saw the generator, finds in the image.
+
 Public scans may lack a condition whose structures are larger than any seen, so volumes are allowed a further
 factor of :data:`VOLUME_FACTOR`. Ranges are functions of public scans alone; nothing here may see a member's.
 """
@@ -13,10 +16,11 @@ factor of :data:`VOLUME_FACTOR`. Ranges are functions of public scans alone; not
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,12 +28,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from scipy import ndimage
 
 from shared.canonical import parse_json
-from shared.errors import CoordinatorError, MalformedMessageError
+from shared.errors import CoordinatorError, MalformedMessageError, UsageError
 from shared.volumes.nifti import Spacing3
 
 FORMAT = "lacuna/plausibility/v1"
 MARGIN = 0.75
 VOLUME_FACTOR = 4.0
+AGREEMENT_FACTOR = 2.5
+MIN_DISAGREEMENT = 0.05
 MIN_SCANS = 8
 MAX_FILE_BYTES = 1024 * 1024
 _ALLOWANCE = {"volume": math.log(VOLUME_FACTOR), "compactness": 0.01, "piece": 0.02, "contrast": 0.01}
@@ -48,6 +54,22 @@ ImageVolume = NDArray[np.float32]
 MaskVolume = NDArray[np.uint8]
 
 
+class Agreement(BaseModel):
+    """How far a public segmenter must agree with a scan's mask. Public.
+
+    Attributes:
+        segmenter_sha256: File of the segmenter's weights.
+        scans: Scans of held-out public patients, each as it is and as the autoencoder shows it.
+        low: Least Dice overlap of each label.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    segmenter_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    scans: int = Field(ge=1)
+    low: dict[str, Annotated[float, Field(ge=0, le=1)]]
+
+
 class PlausibilityRanges(BaseModel):
     """What a synthetic scan of a study must look like. Public.
 
@@ -56,6 +78,7 @@ class PlausibilityRanges(BaseModel):
         required: Labels that every scan shows.
         scans: How many public scans the ranges were learned from.
         low, high: Ends of the range of each figure; figures are named as in :func:`figures`.
+        agreement: Of mask and segmenter; None where the study has no segmenter.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -66,6 +89,7 @@ class PlausibilityRanges(BaseModel):
     scans: int = Field(ge=1)
     low: dict[str, float]
     high: dict[str, float]
+    agreement: Agreement | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,10 +178,65 @@ def learn_ranges(
     )
 
 
-def faults(
-    image_DHW: NDArray[Any], mask_DHW: NDArray[Any], ranges: PlausibilityRanges, *, spacing_mm: Spacing3
+def label_dice(one_DHW: NDArray[Any], other_DHW: NDArray[Any], labels: Sequence[str]) -> dict[str, float]:
+    """Dice overlap of two masks by label, (2 |A and B| + 1) / (|A| + |B| + 1): 1 where both lack a label."""
+    found = {}
+    for value, name in enumerate(labels, start=1):
+        a, b = one_DHW == value, other_DHW == value
+        found[name] = (2 * int((a & b).sum()) + 1) / (int(a.sum()) + int(b.sum()) + 1)
+    return found
+
+
+def learn_agreement(
+    masks: Iterable[tuple[MaskVolume, MaskVolume]], *, labels: Sequence[str], segmenter_sha256: str
+) -> Agreement:
+    """Least overlap of mask and segmentation from PUBLIC scans whose patients the segmenter never saw.
+
+    The least of few scans is not yet the least of many, and only its middle is well known. So a mask may
+    disagree (1 - Dice) by :data:`AGREEMENT_FACTOR` times what the median scan does, which is taken as at
+    least :data:`MIN_DISAGREEMENT`, and by as much as the worst scan.
+
+    Args:
+        masks: (mask, what the segmenter finds in its image) of each scan.
+    """
+    table = [label_dice(mask, found, labels) for mask, found in masks]
+    low = {}
+    for name in labels:
+        values = [row[name] for row in table]
+        usual = max(MIN_DISAGREEMENT, 1.0 - statistics.median(values))
+        low[name] = round(max(0.0, min([*values, 1.0 - AGREEMENT_FACTOR * usual])), 6)
+    return Agreement(segmenter_sha256=segmenter_sha256, scans=len(table), low=low)
+
+
+def disagreements(
+    mask_DHW: NDArray[Any], segmented_DHW: NDArray[Any], labels: Sequence[str], agreement: Agreement
 ) -> list[Fault]:
-    """Everything that is implausible about a scan; empty if nothing is."""
+    """Labels whose mask is not what the segmenter finds in the image."""
+    return [
+        Fault(figure=f"{name} agreement", value=value, low=agreement.low.get(name, 0.0), high=1.0)
+        for name, value in label_dice(mask_DHW, segmented_DHW, labels).items()
+        if value < agreement.low.get(name, 0.0)
+    ]
+
+
+def faults(
+    image_DHW: NDArray[Any],
+    mask_DHW: NDArray[Any],
+    ranges: PlausibilityRanges,
+    *,
+    spacing_mm: Spacing3,
+    segmented_DHW: NDArray[Any] | None = None,
+) -> list[Fault]:
+    """Everything that is implausible about a scan; empty if nothing is.
+
+    Args:
+        segmented_DHW: What the segmenter that the ranges name finds in the image.
+
+    Raises:
+        UsageError: the ranges ask for agreement with a segmenter, and there is no segmentation.
+    """
+    if ranges.agreement is not None and segmented_DHW is None:
+        raise UsageError("these ranges ask for agreement with a segmenter, which is not at hand")
     if image_DHW.shape != mask_DHW.shape or image_DHW.ndim != 3:
         return [Fault(figure="image and mask of one 3D shape", value=0, low=1, high=1)]
     finite = float(np.isfinite(image_DHW).mean())
@@ -181,12 +260,14 @@ def faults(
     for name, value in found.items():
         if name in ranges.low and not ranges.low[name] <= value <= ranges.high[name]:
             wrong.append(Fault(figure=name, value=value, low=ranges.low[name], high=ranges.high[name]))
+    if ranges.agreement is not None and segmented_DHW is not None:
+        wrong += disagreements(mask_DHW, segmented_DHW, ranges.labels, ranges.agreement)
     return wrong
 
 
 def write_ranges(path: Path, ranges: PlausibilityRanges) -> None:
     """Write ranges as readable JSON."""
-    path.write_text(ranges.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    path.write_text(ranges.model_dump_json(indent=1, exclude_none=True) + "\n", encoding="utf-8")
 
 
 def read_ranges(path: Path) -> PlausibilityRanges:
@@ -206,6 +287,8 @@ def read_ranges(path: Path) -> PlausibilityRanges:
         ) from error
     if set(ranges.low) != set(ranges.high):
         raise MalformedMessageError(f"{path}: a range has one end alone")
+    if ranges.agreement is not None and set(ranges.agreement.low) != set(ranges.labels):
+        raise MalformedMessageError(f"{path}: agreement is about other labels")
     return ranges
 
 

@@ -17,16 +17,20 @@ from server.pretrain import (
     default_recipe,
     pretrain,
     pretrain_micro,
+    public_data_sha256,
     public_phantoms,
     recipe_covariates,
 )
+from shared.checkpoint import file_sha256
 from shared.errors import CoordinatorError, UsageError
+from shared.model.conditioning import ConditionTable
 from shared.model.denoiser import build_denoiser
 from shared.model.presets import PRESETS, preset_named
 from shared.model.shipped import PretrainedPair, read_pair
 from shared.model.training import TrainingSchedule
 from shared.model.weights import load_weights
 from shared.study_plan import parse_covariate
+from shared.volumes.plausibility import read_ranges
 
 SMALL = replace(preset_named("micro"), autoencoder_channels=(8, 8), denoiser_channels=(8, 8), head_channels=8)
 RECIPE = PretrainingRecipe(
@@ -65,6 +69,10 @@ def test_it_writes_a_pair_that_reads_back_with_its_recipe(
     assert read_pair(tmp_path).recipe == json.loads(json.dumps(pair.recipe))
     recipe = pair.recipe
     assert recipe["conditions_never_seen"] == ["rare"]
+    table = ConditionTable(CONDITIONS)
+    sha256 = public_data_sha256(volumes, table, n_labels=2, preset=SMALL)
+    assert sha256 == recipe["data"]["sha256"]
+    assert sha256 != public_data_sha256(volumes[1:], table, n_labels=2, preset=SMALL)
     assert recipe["data"]["patients"] == 6 and recipe["data"]["held_out_patients"] == 1
     assert set(recipe["autoencoder_held_out"]) == {"l1", "texture", "dice_organ", "dice_lesion"}
     assert [step for step, _ in recipe["prior_held_out_loss"]["by_step"]] == [1, 2, 3, 4, 5, 6]
@@ -97,6 +105,26 @@ def test_covariates_are_learned_and_values_never_seen_start_as_unknown(
 def test_a_prior_by_v_prediction(tmp_path: Path, volumes: list[PublicVolume]) -> None:
     pair = _pretrain(tmp_path, volumes, preset=replace(SMALL, diffusion="v_prediction", noise_shift=1.5))
     assert [step for step, _ in pair.recipe["prior_held_out_loss"]["by_step"]] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_segmenter_is_named_by_recipe_and_ranges_and_a_recipe_without_one_says_nothing_of_it(
+    tmp_path: Path,
+) -> None:
+    volumes = public_phantoms(n_patients=8, seed=1, fractions={"common": 1.0})
+    schedule = TrainingSchedule(steps=4, batch_size=2, learning_rate=1e-3, seed=1, save_every=2)
+    pair = _pretrain(tmp_path / "with", volumes, recipe=replace(RECIPE, segmenter=schedule))
+    assert pair.segmenter_path is not None and read_pair(tmp_path / "with").segmenter_path is not None
+    ranges = read_ranges(tmp_path / "with" / "plausibility.json")
+    assert ranges.agreement is not None and ranges.agreement.scans == 2  # one scan, as it is and as decoded
+    sha256 = file_sha256(pair.segmenter_path)
+    assert ranges.agreement.segmenter_sha256 == sha256 == pair.recipe["sha256"]["segmenter.safetensors"]
+    plain = _pretrain(tmp_path / "without", volumes)
+    assert plain.segmenter_path is None and "segmenter" not in json.dumps(plain.recipe)
+    assert b"agreement" not in (tmp_path / "without" / "plausibility.json").read_bytes()
+    assert {k: v for k, v in pair.recipe["sha256"].items() if "segmenter" not in k} == plain.recipe["sha256"]
+    pair.segmenter_path.write_bytes(b"other")
+    with pytest.raises(UsageError, match="segmenter"):
+        read_pair(tmp_path / "with")
 
 
 def test_a_killed_run_resumes_to_the_same_files(tmp_path: Path, volumes: list[PublicVolume]) -> None:

@@ -18,7 +18,7 @@ from shared.study_plan import StudyPlan, parse_plan
 GRID = (8, 16, 16)
 
 
-def make_plan(trainable: str) -> StudyPlan:
+def make_plan(trainable: str, preset: str = "micro") -> StudyPlan:
     keys = [f"{number:064x}" for number in range(1, 6)]
     sites = [{"site_id": f"site-{number}", "identity_key": keys[number]} for number in range(3)]
     return parse_plan(
@@ -31,11 +31,11 @@ def make_plan(trainable: str) -> StudyPlan:
                 "conditions": ["common", "rare"],
                 "rare_condition": "rare",
                 "labels": ["organ", "lesion"],
-                "grid_shape": list(GRID),
+                "grid_shape": list(GRID if preset == "micro" else PRESETS[preset].grid_shape),
                 "spacing_mm": [4.0, 3.0, 2.0],
             },
             "model": {
-                "preset": "micro",
+                "preset": preset,
                 "autoencoder_sha256": "0" * 64,
                 "prior_sha256": "1" * 64,
                 "trainable": trainable,
@@ -68,9 +68,9 @@ def make_plan(trainable: str) -> StudyPlan:
     )
 
 
-def make_bundle(root: Path, *, trainable: str = "all") -> Path:
+def make_bundle(root: Path, *, trainable: str = "all", preset: str = "micro") -> Path:
     """A bundle as the release lays it out, with networks of known weights."""
-    plan = make_plan(trainable)
+    plan = make_plan(trainable, preset)
     statement = base64.b64encode(b'{"predicate":{"at":"2026-01-02T03:04:05Z"}}').decode()
     metadata = bundle_metadata(plan, version="1.0.0", versions={}, digests={})
     for name, text in (
@@ -81,7 +81,7 @@ def make_bundle(root: Path, *, trainable: str = "all") -> Path:
     ):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
-    denoiser = build_denoiser(PRESETS["micro"], n_conditions=2, seed=1)
+    denoiser = build_denoiser(PRESETS[preset], n_conditions=2, seed=1)
     if trainable == "low_rank":
         parameter_subset(denoiser, trainable)
     draw = torch.Generator().manual_seed(0)
@@ -89,7 +89,7 @@ def make_bundle(root: Path, *, trainable: str = "all") -> Path:
         for parameter in denoiser.parameters():
             parameter += 0.05 * torch.randn(parameter.shape, generator=draw)
     save_weights(
-        build_autoencoder(PRESETS["micro"], n_labels=2, seed=2), root / "models/autoencoder.safetensors", {}
+        build_autoencoder(PRESETS[preset], n_labels=2, seed=2), root / "models/autoencoder.safetensors", {}
     )
     save_weights(denoiser, root / "models/denoiser.safetensors", {})
     return root

@@ -102,31 +102,36 @@ def test_a_package_comes_back(package: PlanPackage) -> None:
     assert sorted(path.name for path in package.root.iterdir()) == sorted(ALL_FILES) == sorted(again.files)
 
 
-def test_ranges_travel_with_the_plan_that_names_them(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "file"), [("plausibility", "plausibility.json"), ("segmenter", "segmenter.safetensors")]
+)
+def test_ranges_and_segmenter_travel_with_the_plan_that_names_them(
+    tmp_path: Path, kind: str, file: str
+) -> None:
     keys = Keys.of(3)
-    for name in ("autoencoder", "prior", "ranges"):
+    for name in ("autoencoder", "prior", "named"):
         (tmp_path / name).write_bytes(name.encode() * 50)
     hashes = {
         name: hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
-        for name in ("autoencoder", "prior", "ranges")
+        for name in ("autoencoder", "prior", "named")
     }
-    plan = small_plan(
-        keys,
-        model__autoencoder_sha256=hashes["autoencoder"],
-        model__prior_sha256=hashes["prior"],
-        data__plausibility_sha256=hashes["ranges"],
-    )
-    networks = {name: tmp_path / name for name in ("autoencoder", "prior")}
+    networks = {
+        "model__autoencoder_sha256": hashes["autoencoder"],
+        "model__prior_sha256": hashes["prior"],
+    }
+    plan = small_plan(keys, **networks, **{f"data__{kind}_sha256": hashes["named"]})
+    assert kind.encode() not in small_plan(keys, **networks).canonical()
+    files = {name: tmp_path / name for name in ("autoencoder", "prior")}
     for wrong in (None, tmp_path / "prior"):
         with pytest.raises(CoordinatorError, match="another SHA-256"):
-            write_plan_package(tmp_path / "p", plan, key=keys.coordinator, plausibility=wrong, **networks)
+            write_plan_package(tmp_path / "p", plan, key=keys.coordinator, **files, **{kind: wrong})
     package = write_plan_package(
-        tmp_path / "p", plan, key=keys.coordinator, plausibility=tmp_path / "ranges", **networks
+        tmp_path / "p", plan, key=keys.coordinator, **files, **{kind: tmp_path / "named"}
     )
     again = open_plan_package(package.root)
-    assert again.plausibility == package.root / "plausibility.json"
-    (package.root / "plausibility.json").write_bytes(b"others")
-    with pytest.raises(InvalidPlanError, match=r"plausibility\.json"):
+    assert getattr(again, kind) == package.root / file
+    (package.root / file).write_bytes(b"others")
+    with pytest.raises(InvalidPlanError, match=file):
         open_plan_package(package.root)
 
 

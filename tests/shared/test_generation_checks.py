@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,13 @@ from known_bundle import GRID, make_bundle
 from PIL import Image
 
 from deploy.cli.main import cli
+from shared.checkpoint import file_sha256
 from shared.errors import UsageError
 from shared.generation import BundleError, GenerationReport, ImplausibleError, generate_volumes
+from shared.model.segmenter import build_segmenter, load_segmenter
+from shared.model.weights import save_weights
 from shared.volumes.nifti import read_volume
-from shared.volumes.plausibility import PlausibilityRanges, figures, write_ranges
+from shared.volumes.plausibility import Agreement, PlausibilityRanges, figures, label_dice, write_ranges
 from shared.volumes.surface import label_surface, surface_sheet
 
 LABELS = ("organ", "lesion")
@@ -66,6 +70,47 @@ def test_implausible_samples_are_counted_and_replaced(bundle: Path, tmp_path: Pa
     assert report.common_faults() == [("image mean", len(refused))]
     assert not any(f"_{index:05d}" in path.name for index in refused for path in (tmp_path / "out").iterdir())
     assert json.loads(report.pairs[0].sidecar.read_text())["plausibility_sha256"]
+
+
+def test_masks_that_the_segmenter_does_not_find_are_counted_and_replaced(
+    bundle: Path, tmp_path: Path
+) -> None:
+    """Fresh networks on both sides: agreement is poor, but the threshold splits the samples all the same."""
+    root = tmp_path / "bundle"
+    shutil.copytree(bundle, root)
+    (root / "configs/plausibility.json").unlink()
+    segmenter = build_segmenter(n_labels=2, seed=3)
+    save_weights(segmenter, root / "models/segmenter.safetensors", {}, half=True)
+    kept = load_segmenter(root / "models/segmenter.safetensors", n_labels=2)
+    assert kept is not None
+    overlaps = []
+    for pair in _generate(root, tmp_path / "seen", count=TRIED).pairs:
+        image, mask = (read_volume(path).voxels_DHW for path in (pair.image, pair.mask))
+        found = kept.segment(image[None].astype(np.float32))[0]
+        overlaps.append(label_dice(mask, found, LABELS)["organ"])
+    low = float(np.sort(overlaps)[3:5].mean())
+    assert sum(overlap < low for overlap in overlaps) == 4
+    ranges = PlausibilityRanges(
+        labels=LABELS,
+        required=(),
+        scans=8,
+        low={},
+        high={},
+        agreement=Agreement(
+            segmenter_sha256=file_sha256(root / "models/segmenter.safetensors"),
+            scans=4,
+            low={"organ": low, "lesion": 0.0},
+        ),
+    )
+    write_ranges(root / "configs/plausibility.json", ranges)
+    report = _generate(root, tmp_path / "out")
+    assert len(report.pairs) == 6 and report.rejected
+    assert {fault.figure for _, found in report.rejected for fault in found} == {"organ agreement"}
+    refused = [index for index in range(TRIED) if overlaps[index] < low]
+    assert [index for index, _ in report.rejected] == [i for i in refused if i < 6 + len(report.rejected)]
+    (root / "models/segmenter.safetensors").unlink()
+    with pytest.raises(BundleError, match="not the segmenter"):
+        _generate(root, tmp_path / "none")
 
 
 def test_batches_and_interruptions_choose_the_same_samples(bundle: Path, tmp_path: Path) -> None:

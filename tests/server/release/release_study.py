@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,7 +31,7 @@ from server.release.bundle import ReleasedBundle, ReleaseEvidence, write_bundle
 from server.release.gate import GateDecision, GateInputs, evaluate_gate, sign_decision
 from server.study_store import AttemptRecord
 from shared.attestation import Statement, Subject, sign_statement
-from shared.checkpoint import save_tensors
+from shared.checkpoint import file_sha256, save_tensors
 from shared.identity import SigningKey
 from shared.plan_package import sign_plan
 from shared.study_plan import StudyPlan, parse_plan
@@ -114,6 +115,7 @@ def plan_value(
     audit: dict[str, Any] | None = None,
     epsilon: float = 8.0,
     plausibility_sha256: str | None = None,
+    segmenter_sha256: str | None = None,
 ) -> dict[str, Any]:
     """A plan as a parsed document, calibrated."""
     proposed = propose_privacy(
@@ -138,6 +140,7 @@ def plan_value(
             "spacing_mm": [4.0, 4.0, 4.0],
             "simulated": True,
             "plausibility_sha256": plausibility_sha256,
+            "segmenter_sha256": segmenter_sha256,
         },
         "model": {
             "preset": "micro",
@@ -308,8 +311,8 @@ def make_verdict(
     return sign_verdict(make_verdict_statement(plan, **{**values, **changes}), study_keys[site])
 
 
-def make_study(root: Path, **plan_choices: Any) -> Study:
-    """Everything up to the gate."""
+def make_study(root: Path, *, networks: tuple[Path, Path] | None = None, **plan_choices: Any) -> Study:
+    """Everything up to the gate; with real networks where (autoencoder, denoiser) are given."""
     keys = make_keys()
     rng = np.random.default_rng(0)
     weights = {"w": rng.standard_normal((16, 16)).astype(np.float32)}
@@ -319,6 +322,10 @@ def make_study(root: Path, **plan_choices: Any) -> Study:
     prior_sha256 = save_tensors(prior, {"w": weights["w"] + 2}, {"what": "prior"})
     autoencoder_sha256 = save_tensors(autoencoder, weights, {"what": "autoencoder"})
     candidate_sha256 = save_tensors(candidate, {"w": weights["w"] + 1}, {"what": "denoiser"})
+    if networks is not None:
+        for target, source in zip((autoencoder, candidate), networks, strict=True):
+            shutil.copyfile(source, target)
+        autoencoder_sha256, candidate_sha256 = file_sha256(autoencoder), file_sha256(candidate)
     plan = parse_plan(
         plan_value(keys, autoencoder_sha256=autoencoder_sha256, prior_sha256=prior_sha256, **plan_choices),
         what="fixture",

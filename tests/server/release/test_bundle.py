@@ -121,34 +121,38 @@ def test_weights_must_be_what_the_gate_saw(study: Study, tmp_path: Path) -> None
     assert [p.name for p in tmp_path.iterdir()] == ["changed.safetensors"]
 
 
-def test_ranges_of_plausibility_go_in_as_the_plan_names_them(tmp_path: Path) -> None:
-    ranges, other = tmp_path / "ranges.json", tmp_path / "other.json"
-    ranges.write_text('{"the": "ranges"}')
+@pytest.mark.parametrize(
+    ("kind", "file"),
+    [("plausibility", "configs/plausibility.json"), ("segmenter", "models/segmenter.safetensors")],
+)
+def test_ranges_and_segmenter_go_in_as_the_plan_names_them(tmp_path: Path, kind: str, file: str) -> None:
+    right, other = tmp_path / "right", tmp_path / "other"
+    right.write_text('{"the": "ranges"}')
     other.write_text('{"the": "others"}')
     for name in ("with", "without"):
         (tmp_path / name).mkdir()
-    named = make_study(tmp_path / "with", plausibility_sha256=file_sha256(ranges))
+    named = make_study(tmp_path / "with", **{f"{kind}_sha256": file_sha256(right)})
     plain = make_study(tmp_path / "without")
-    assert b"plausibility" in named.plan.canonical() and b"plausibility" not in plain.plan.canonical()
+    assert kind.encode() in named.plan.canonical() and kind.encode() not in plain.plan.canonical()
 
-    def write(study: Study, plausibility: Path | None, out: str) -> Path:
+    def write(study: Study, brought: Path | None, out: str) -> Path:
         return write_bundle(
             tmp_path / out, study.evidence(), autoencoder=study.autoencoder, candidate=study.candidate,
-            plausibility=plausibility, key=study.coordinator, at=AT,
+            key=study.coordinator, at=AT, **{kind: brought},
         ).path  # fmt: skip
 
-    for study, wrong in ((named, None), (named, other), (plain, ranges)):
-        with pytest.raises(ReleaseRefusedError, match=r"plausibility\.json"):
+    for study, wrong in ((named, None), (named, other), (plain, right)):
+        with pytest.raises(ReleaseRefusedError, match=file):
             write(study, wrong, "refused")
-    bundle = write(named, ranges, "bundle")
-    assert (bundle / "configs/plausibility.json").read_bytes() == ranges.read_bytes()
+    bundle = write(named, right, "bundle")
+    assert (bundle / file).read_bytes() == right.read_bytes()
     key = named.plan.roster.coordinator_key
     assert verify_bundle(bundle, trusted_coordinator=key).passed
-    # A coordinator who swaps the ranges and signs the bundle again is found out by the plan's hash.
-    (bundle / "configs/plausibility.json").write_bytes(other.read_bytes())
+    # A coordinator who swaps the file and signs the bundle again is found out by the plan's hash.
+    (bundle / file).write_bytes(other.read_bytes())
     reseal(bundle, named)
     failed = verify_bundle(bundle, trusted_coordinator=key).failed
-    assert [check.name for check in failed] == ["metadata"] and "plausibility" in failed[0].detail
+    assert [check.name for check in failed] == ["metadata"] and kind in failed[0].detail
 
 
 def test_a_lying_coordinator_is_stopped_by_the_officers_checker(study: Study, tmp_path: Path) -> None:

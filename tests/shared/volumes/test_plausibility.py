@@ -5,19 +5,17 @@ The rejection of real scans is a count on fixed data; no test here is random.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hippocampus import Scan, hippocampus_scans
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from client.ingest.decathlon import DecathlonFolder
 from shared.errors import CoordinatorError, MalformedMessageError
 from shared.model.shipped import shipped_pair
-from shared.volumes.canonical_grid import CanonicalGrid, to_canonical
 from shared.volumes.intensity import normalise_intensity
 from shared.volumes.phantom import LABELS, MICRO_SPACING_MM, simulate_cohort
 from shared.volumes.plausibility import (
@@ -30,8 +28,6 @@ from shared.volumes.plausibility import (
     write_ranges,
 )
 
-Scan = tuple[NDArray[np.float32], NDArray[np.uint8]]
-DATA = Path(os.environ.get("LACUNA_DATA", "../shared/data")) / "Task04_Hippocampus"
 MM1 = (1.0, 1.0, 1.0)
 
 
@@ -112,26 +108,8 @@ def shipped() -> PlausibilityRanges:
 @pytest.fixture(scope="module")
 def hippocampus() -> tuple[PlausibilityRanges, list[Scan]]:
     """Ranges from 30 public patients, and the scans of 40 others."""
-    if not DATA.exists():
-        pytest.skip(f"no hippocampus data in {DATA} (set LACUNA_DATA)")
-    grid = CanonicalGrid(shape=(32, 48, 32), spacing_mm=MM1)
-    folder = DecathlonFolder(
-        path=DATA, patients_csv=DATA / "patients.csv", patient_ids=None, volume_cut_mm3=2500.0
-    )
-    entries = folder.listing(("small", "normal")).entries
-    patients = sorted({entry.patient_id for entry in entries})
-    public, test = set(patients[:30]), set(patients[-40:])
-
-    def scans(chosen: set[str]) -> list[Scan]:
-        found = []
-        for entry in entries:
-            if entry.patient_id in chosen:
-                image = entry.image.read().volume
-                scan = to_canonical(image, entry.mask.read(image).volume, grid)
-                found.append((scan.image_DHW, scan.mask_DHW))
-        return found
-
-    return learn_ranges(scans(public), labels=("anterior", "posterior"), spacing_mm=MM1), scans(test)
+    public, test = hippocampus_scans(slice(30), slice(-40, None))
+    return learn_ranges(public, labels=("anterior", "posterior"), spacing_mm=MM1), test
 
 
 @pytest.mark.parametrize("condition", ["common", "rare"])
