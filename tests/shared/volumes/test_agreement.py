@@ -96,9 +96,10 @@ def _others(scans: list[Scan], labels: Sequence[str], below: float) -> list[Mask
 @pytest.fixture(scope="module")
 def simulated(tmp_path_factory: pytest.TempPathFactory) -> _Check:
     scans = _phantoms(30, 5)
-    return _Check(scans[:24], scans[24:30], LABELS, 50, tmp_path_factory.mktemp("simulated"))
+    return _Check(scans[:24], scans[24:30], LABELS, 250, tmp_path_factory.mktemp("simulated"))
 
 
+@pytest.mark.slow
 def test_simulated_scans_pass_and_wrong_masks_are_refused_by_the_segmenter_alone(simulated: _Check) -> None:
     scans = _phantoms(20, 91)
     assert not any(simulated.refused(scans, lambda i: scans[i][1]))
