@@ -125,7 +125,7 @@ def _twelve_bit_jpeg(path: Path, dataset: pydicom.Dataset) -> NDArray[Any]:
 
     frames = int(dataset.get("NumberOfFrames") or 1)
     encoded = generate_frames(dataset.PixelData, number_of_frames=frames)
-    if not all(frame.rstrip(b"\0").endswith(_END_OF_IMAGE) for frame in encoded):
+    if not all(frame.rstrip(b"\0\xff").endswith(_END_OF_IMAGE) for frame in encoded):  # padded to even
         raise ValueError("a JPEG stream is cut short")
     reader = gdcm.ImageReader()
     reader.SetFileName(str(path))
