@@ -40,7 +40,7 @@ MASKED_BOUND = 10**10
 
 SITE_NOTES = """\
 Processor seconds on one core, modulus 2^32, c = 1, nobody drops; quantize, masks and floor are the least of
-three or five turns, Flower's figures of three up to 10^8 parameters times sites. *quantize*: float64 to the
+three or five turns, all other figures of three up to 10^8 parameters times sites. *quantize*: float64 to the
 integer grid, which Flower's client does too (it is in its *vector*). *masks*: from int64 to the bytes that
 travel. *floor*: expanding as many masks with AES-256-CTR and as many additions, into an array that is there
 already. *keys, shares*: everything else, signatures and their checks included. Bytes: all that a site sends
