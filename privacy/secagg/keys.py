@@ -42,6 +42,7 @@ class AttemptKeys:
         self._mask_private = bytearray(entropy.bytes(32))
         self._share_private = bytearray(entropy.bytes(32))
         self._seed = bytearray(entropy.bytes(SEED_BYTES))
+        self._agreed: dict[tuple[int, bytes], bytearray] = {}
         self._keys = [
             X25519PrivateKey.from_private_bytes(bytes(s)) for s in (self._mask_private, self._share_private)
         ]
@@ -61,23 +62,27 @@ class AttemptKeys:
     def share_private(self) -> bytes:
         return bytes(self._share_private)
 
-    @property
-    def mask_key(self) -> X25519PrivateKey:
-        """``mask_private`` for :func:`agree`. Raises IndexError after :meth:`wipe`."""
-        return self._keys[0]
+    def agree_on_masks(self, public: bytes) -> bytes:
+        """:func:`agree` with the mask key. Computed once for a peer, and forgotten by :meth:`wipe`."""
+        return self._agreed_with(0, public)
 
-    @property
-    def share_key(self) -> X25519PrivateKey:
-        """``share_private`` for :func:`agree`. Raises IndexError after :meth:`wipe`."""
-        return self._keys[1]
+    def agree_on_shares(self, public: bytes) -> bytes:
+        """:func:`agree` with the share key. Computed once for a peer, and forgotten by :meth:`wipe`."""
+        return self._agreed_with(1, public)
+
+    def _agreed_with(self, which: int, public: bytes) -> bytes:
+        if (which, public) not in self._agreed:
+            self._agreed[which, public] = bytearray(agree(self._keys[which], public))
+        return bytes(self._agreed[which, public])
 
     @property
     def seed(self) -> bytes:
         return bytes(self._seed)
 
     def wipe(self) -> None:
-        for secret in (self._mask_private, self._share_private, self._seed):
+        for secret in (self._mask_private, self._share_private, self._seed, *self._agreed.values()):
             secret[:] = bytes(len(secret))
+        self._agreed.clear()
         self._keys.clear()
 
 

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 from privacy.secagg.keys import (
     AttemptKeys,
     WeakKeyError,
-    agree,
     seal_share,
     seed_commitment,
     share_commitment,
@@ -94,8 +93,8 @@ class AdvertisedState(SiteState):
                 )
             seen |= {item.mask_public, item.share_public}
             try:
-                agree(self.secrets.mask_key, item.mask_public)
-                agree(self.secrets.share_key, item.share_public)
+                self.secrets.agree_on_masks(item.mask_public)
+                self.secrets.agree_on_shares(item.share_public)
             except WeakKeyError as error:
                 raise AggregationRefusedError(
                     RefusalReason.WEAK_KEY, f"a key of {item.site_id} is of small order", peer=item.site_id
@@ -152,7 +151,7 @@ class AdvertisedState(SiteState):
             recipient=recipient,
             key_set=key_set,
             ciphertext=seal_share(
-                agree(self.secrets.share_key, theirs.share_public),
+                self.secrets.agree_on_shares(theirs.share_public),
                 pair[0] + pair[1],
                 key_set=key_set,
                 dealer=self.site_id,

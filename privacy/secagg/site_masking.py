@@ -10,7 +10,6 @@ from privacy.secagg.keys import (
     SHARE_BYTES,
     AttemptKeys,
     UnsealingError,
-    agree,
     pair_mask_key,
     self_mask_key,
     share_commitment,
@@ -134,7 +133,7 @@ class SharedState(SiteState):
             if peer == self.site_id:
                 continue
             first, second = self.session.roster.ordered((peer, self.site_id))
-            agreed = agree(self.secrets.mask_key, self.keys[peer].mask_public)
+            agreed = self.secrets.agree_on_masks(self.keys[peer].mask_public)
             mask_key = pair_mask_key(agreed, terms=terms, first=first, second=second)
             (plus if first == self.site_id else minus).append(mask_key)
         return plus, minus
@@ -148,7 +147,7 @@ class SharedState(SiteState):
             raise AggregationRefusedError(
                 RefusalReason.BAD_SHARE_SIGNATURE, f"the share of {dealer} is not signed by it", peer=dealer
             ) from error
-        agreed = agree(self.secrets.share_key, self.keys[dealer].share_public)
+        agreed = self.secrets.agree_on_shares(self.keys[dealer].share_public)
         try:
             plaintext = unseal_share(
                 agreed, share.ciphertext, key_set=self.key_set, dealer=dealer, recipient=self.site_id

@@ -19,7 +19,7 @@ from unittest.mock import patch
 import numpy as np
 from knowledge import Knowledge, Upload
 
-from privacy.secagg import server_collections, server_rounds, site_keys, site_masking
+from privacy.secagg import keys, server_collections, server_rounds, site_masking
 from privacy.secagg.messages import AdvertiseReply, ShareReply, UnmaskReply, UploadReply
 from privacy.secagg.reasons import AttemptAbortedError, BadReplyError
 from privacy.secagg.server_rounds import ServerAttempt
@@ -49,10 +49,10 @@ def each_input_once() -> Iterator[None]:
         if not verifies(key, signature, message):
             raise BadSignatureError("does not verify")
 
-    agree = functools.cache(site_keys.agree)
+    agree = functools.cache(keys.agree)
     with ExitStack() as stack:
         stack.enter_context(patch.object(VerifyKey, "verify_raw", recalled))
-        for module in (site_keys, site_masking, server_collections, server_rounds):
+        for module in (keys, server_collections, server_rounds):
             stack.enter_context(patch.object(module, "agree", agree))
         yield
 

@@ -51,8 +51,11 @@ def test_secrets_are_wiped_when_an_attempt_closes(group):
     server = group.until(Component.UPLOAD)
     secrets = group.sites["site-0"]._prepared.secrets
     assert secrets.seed != bytes(32)
+    agreed = list(secrets._agreed.values())
+    assert len(agreed) == 8 and all(any(secret) for secret in agreed)
     group.exchange(server, server.build_upload_requests(WEIGHTS, WORK))
     assert secrets.seed == secrets.mask_private == secrets.share_private == bytes(32)
+    assert not any(any(secret) for secret in agreed) and not secrets._agreed and not secrets._keys
     state = group.sites["site-0"]._open
     held = [piece for pair in state.held.values() for piece in pair]
     assert all(any(piece) for piece in held)
