@@ -79,8 +79,18 @@ class FlowerCommands:
 
 
 def flower_answer(process: subprocess.Popen[str]) -> dict[str, Any]:
-    """Wait for a ``flwr`` command and return its JSON. Raises CoordinatorError if it failed."""
-    stdout, stderr = process.communicate(timeout=COMMAND_TIMEOUT_S)
+    """Wait for a ``flwr`` command and return its JSON. Raises CoordinatorError: it failed, or is late."""
+    arguments = process.args if isinstance(process.args, list) else [process.args]
+    command = " ".join(map(str, arguments))
+    try:
+        stdout, stderr = process.communicate(timeout=COMMAND_TIMEOUT_S)
+    except subprocess.TimeoutExpired as error:
+        process.kill()
+        process.communicate()
+        raise CoordinatorError(
+            f"`{command}` did not end within {COMMAND_TIMEOUT_S:.0f} s and was stopped",
+            remedy="see that the SuperLink answers (lacuna coordinator health), then try again",
+        ) from error
     start = stdout.find("{")
     try:
         answer: dict[str, Any] = json.loads(stdout[start:]) if start >= 0 else {}
@@ -88,8 +98,7 @@ def flower_answer(process: subprocess.Popen[str]) -> dict[str, Any]:
         answer = {}
     if process.returncode != 0 or not answer.get("success"):
         words = str(answer.get("error-message") or stderr.strip() or stdout.strip())
-        arguments = process.args if isinstance(process.args, list) else [process.args]
-        raise CoordinatorError(f"`{' '.join(map(str, arguments))}` failed: {words[-600:]}")
+        raise CoordinatorError(f"`{command}` failed: {words[-600:]}")
     return answer
 
 
