@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from headless_chromium import find_chromium
+from PIL import Image
 from release_study import make_study
 
 from server.distribution_distance import (
@@ -94,6 +96,16 @@ def test_the_page_stands_alone_and_shows_every_figure(quality: ReleaseQuality) -
     for distance in quality.conditions[0].distances:
         assert f"{distance.value:.4g}" in html and f"{distance.floor:.4g}" in html
     assert html.count("data:image/png") == 4 and "there is nothing to hold its samples against" in html
+
+
+@pytest.mark.slow
+def test_the_page_opens_in_a_browser_with_its_pictures(quality: ReleaseQuality, tmp_path: Path) -> None:
+    chromium = find_chromium(tmp_path / "profile")
+    page = tmp_path / "quality.html"
+    page.write_text(quality_page(quality, at="2026-11-26T18:00:00Z"), encoding="utf-8")
+    assert "Condition common" in chromium.dom(page)
+    with Image.open(chromium.picture(page, tmp_path / "page.png", height=6000)) as picture:
+        assert picture.size == (1100, 6000) and len(picture.getcolors(2**24) or []) > 200
 
 
 def test_what_cannot_be_measured_is_refused(bundle: Path, scans: PublicScans, tmp_path: Path) -> None:
