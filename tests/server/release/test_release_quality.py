@@ -5,6 +5,8 @@ Samples and scans come from fixed seeds: no test here is random.
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 from pathlib import Path
@@ -95,7 +97,13 @@ def test_the_page_stands_alone_and_shows_every_figure(quality: ReleaseQuality) -
     assert "<script" not in html and not re.search(r"(src|href)=\"(?!data:image/png;base64,|#)", html)
     for distance in quality.conditions[0].distances:
         assert f"{distance.value:.4g}" in html and f"{distance.floor:.4g}" in html
-    assert html.count("data:image/png") == 4 and "there is nothing to hold its samples against" in html
+    pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', html)
+    assert len(pictures) == 4
+    for picture in pictures:
+        with Image.open(io.BytesIO(base64.b64decode(picture, validate=True))) as image:
+            image.load()
+            assert image.width > 400
+    assert "there is nothing to hold its samples against" in html
 
 
 @pytest.mark.slow
