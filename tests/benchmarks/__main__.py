@@ -18,9 +18,8 @@ NAMES = (
     "null_runs",
     "operating_characteristic",
     "copies",
-    "generation",
 )
-LONG = ("modes_compared",)
+LONG = ("modes_compared", "load")
 """Only where it is named: an hour or more."""
 RESULTS = Path(__file__).parent / "results"
 

@@ -29,11 +29,12 @@ from hospital_network import (
     HospitalNetwork,
     unmet,
 )
+from networked_demo import NetworkedDemo
 from rich.console import Console
 
 from client.site_home import SiteHome
 from client.site_network import SiteNetwork
-from deploy.demo import STUDY, Demo, DemoOptions, SimulatedScans
+from deploy.demo import STUDY, DemoOptions, SimulatedScans
 from deploy.perimeter import Limits
 from privacy.ledger_chain import CHARGE, read_export
 from server.study_store import StudyStore
@@ -59,39 +60,6 @@ LIMITS = Limits(header_s=3, body_s=3, requests_per_s=10, burst=60)
 NAMES = ["hospital-a", "hospital-b", "hospital-c", "hospital-d"]
 
 
-class NetworkedDemo(Demo):
-    """The demo's study, by the demo's commands; its rounds run over :class:`HospitalNetwork`."""
-
-    def prepare(self) -> None:
-        """Everything up to the rounds, and certificates for the hospitals' perimeters."""
-        self._prepare_output()
-        study = self._scans()
-        self._enrol()
-        self._lacuna("coordinator", "coordinator", "init-network", "--address", f"{COORDINATOR_IP}:{PORT}")
-        for name in self.names:
-            request, certificate = (
-                str(self._exchange(f"{name}.{kind}.json")) for kind in ("request", "certificate")
-            )
-            self._lacuna("coordinator", "coordinator", "certify", request, "--out", certificate)
-            self._lacuna(name, "site", "install-certificate", certificate)
-        study.pretrain()
-        choices = ["--epsilon", "8", "--low-power", "accept", "--min-power", "0"]
-        self._lacuna(
-            "coordinator", "coordinator", "plan", "new", "--study", STUDY, *study.plan_choices,
-            "--rounds", str(ROUNDS), *choices,
-        )  # fmt: skip
-        plan = str(self._exchange("plan"))
-        self._lacuna("coordinator", "coordinator", "plan", "sign", "--study", STUDY, "--out", plan)
-        approvals = []
-        for name in self.names:
-            for clause in ("allow_low_power=true", "min_power=0.0"):
-                self._lacuna(name, "site", "policy", "--set", clause)
-            self._lacuna(name, "site", "import", "--plan", plan, *study.import_choices(name))
-            approvals.append(str(self._exchange(f"{name}.plan-approval.json")))
-            self._lacuna(name, "site", "approve", plan, "--out", approvals[-1])
-        self._lacuna("coordinator", "coordinator", "plan", "collect", "--study", STUDY, *approvals)
-
-
 @pytest.fixture(scope="module")
 def network() -> Iterator[HospitalNetwork]:
     if reason := unmet():
@@ -109,7 +77,12 @@ def _network(out: Path) -> Iterator[HospitalNetwork]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SimulatedScans, "PATIENTS", 30)
         console = Console(file=io.StringIO())
-        NetworkedDemo(options=DemoOptions(out=out / "d", sites=4), console=console).prepare()
+        NetworkedDemo(
+            options=DemoOptions(out=out / "d", sites=4),
+            console=console,
+            address=f"{COORDINATOR_IP}:{PORT}",
+            plan_choices=["--rounds", str(ROUNDS)],
+        ).prepare()
     with HospitalNetwork(out / "d", NAMES, study=STUDY, limits=LIMITS) as network:
         yield network
 

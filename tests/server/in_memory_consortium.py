@@ -36,6 +36,8 @@ class Consortium:
     """n sites in one process, on disk as in real life; any of them can be restarted."""
 
     SAMPLING_RATE = 1.0
+    DIMENSION: int | None = None
+    """Of the vectors, where they are not the network's parameters."""
     CLAUSES: ClassVar[dict[str, Any]] = {}
     """Dotted clauses of the plan that a subclass wants otherwise."""
 
@@ -97,7 +99,7 @@ class Consortium:
             ),
             "prior": save_weights(denoiser, folder / "prior.safetensors", {}),
         }
-        dimension = len(flatten(parameter_subset(denoiser, "conditioning")))
+        dimension = self.DIMENSION or len(flatten(parameter_subset(denoiser, "conditioning")))
         proposed = propose_privacy(
             mode="distributed",
             epsilon=8.0,

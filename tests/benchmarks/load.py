@@ -1,0 +1,288 @@
+"""Load: many sites with a large vector through one real SuperLink and nginx.
+
+    python -m tests.benchmarks.load --sites 5,10,20,50 --parameters 10000000 --out FILE.md
+
+The coordinator's side is real and as its service units start it: nginx with certificates, SuperLink with its
+database, SuperExec, and a ServerApp that runs the product's round driver. One process speaks for all
+hospitals (:mod:`tests.benchmarks.load_nodes`), with real agents, ledgers and protocol; only patients are
+missing. Everything shares this machine's cores, so times are upper bounds; sizes are not affected. The peer
+that figures are divided by is the smallest number of sites in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+from cryptography.hazmat.primitives import serialization
+
+TESTS = Path(__file__).resolve().parents[1]
+for folder in (str(TESTS), str(TESTS / "server")):  # as the conftest files do for tests
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+
+from in_memory_consortium import Consortium  # noqa: E402
+
+from client.site_network import SiteNetwork  # noqa: E402
+from deploy.flower_run import run_flower  # noqa: E402
+from server.coordinator_home import CoordinatorHome  # noqa: E402
+from server.study_store import StudyStore  # noqa: E402
+from shared.enrolment import open_request  # noqa: E402
+from tests.benchmarks.load_nodes import NodeFiles, speak_for  # noqa: E402
+from tests.deploy.loopback_services import LoopbackServices, free_port  # noqa: E402
+
+SITES, PARAMETERS, ROUNDS = (5, 10, 20, 50), 10_000_000, 3
+SAMPLE_S = 0.25
+LIMIT_S = 3600.0
+APP = Path(__file__).parent / "load_app"
+MIB = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """One row. ``*_mib`` are peaks over the rounds but the first, traffic is a round's mean at nginx."""
+
+    sites: int
+    parameters: int
+    round_s: float
+    hospitals_cpu_s: float
+    serverapp_mib: float
+    serverapp_cpu_s: float
+    superlink_mib: float
+    superlink_cpu_s: float
+    storage_mib: float
+    nginx_mib: float
+    nginx_cpu_s: float
+    down_mib: float
+    up_mib: float
+    requests: float
+
+
+class Peaks:
+    """Highest resident memory and used processor time of the coordinator's processes, and its storage."""
+
+    def __init__(self, services: LoopbackServices) -> None:
+        self._services, self._done = services, threading.Event()
+        self.rss: dict[str, float] = {}
+        self.cpu: dict[str, float] = {}
+        self.storage = 0.0
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def begin(self) -> None:
+        self._before = self._processor()
+        self._thread.start()
+
+    def end(self) -> None:
+        self._done.set()
+        self._thread.join()
+        after = self._processor()
+        self.cpu = {name: after[name] - self._before.get(name, 0.0) for name in after}
+
+    def _processes(self) -> dict[str, list[psutil.Process]]:
+        found: dict[str, list[psutil.Process]] = {"serverapp": [], "superlink": [], "perimeter": []}
+        for unit, name in (
+            ("superexec", "serverapp"),
+            ("superlink", "superlink"),
+            ("perimeter", "perimeter"),
+        ):
+            for pid in self._services.pids(unit):
+                try:
+                    process = psutil.Process(pid)
+                    if name != "serverapp" or any("flwr-serverapp" in part for part in process.cmdline()):
+                        found[name].append(process)
+                except psutil.Error:
+                    continue
+        return found
+
+    def _processor(self) -> dict[str, float]:
+        return {
+            name: sum(sum(process.cpu_times()[:2]) for process in processes)
+            for name, processes in self._processes().items()
+        }
+
+    def _watch(self) -> None:
+        while not self._done.wait(SAMPLE_S):
+            for name, processes in self._processes().items():
+                total = 0.0
+                for process in processes:
+                    try:
+                        total += process.memory_info().rss / MIB
+                    except psutil.Error:
+                        continue
+                self.rss[name] = max(self.rss.get(name, 0.0), total)
+            folders = (self._services.database.parent, self._services.out / "run" / "superlink")
+            size = sum(_size(path) for folder in folders for path in folder.rglob("*"))
+            self.storage = max(self.storage, size / MIB)
+
+
+def measure(sites: int, parameters: int, root: Path) -> Load:
+    """A study of three rounds; figures are those of the second and third."""
+    os.environ["LACUNA_COUNTER_DIR"] = str(root / "counters")
+    vectors = type("Vectors", (Consortium,), {"DIMENSION": parameters})
+    consortium: Consortium = vectors(root / "coordinator", n=sites, rounds=ROUNDS)
+    study = consortium.store.root
+    consortium.store.close()
+    port = free_port()
+    home = CoordinatorHome(root / "coordinator" / "coordinator")
+    home.authority.create(address=f"127.0.0.1:{port}")
+    files = [_link(home, SiteNetwork(site), root / "links" / site.site_id) for site in consortium.homes]
+    services = LoopbackServices(
+        root, (), agent=lambda *_: [], environment=lambda _: {}, sockets=root, port=port, seed=1
+    )
+    ended = threading.Event()
+    with services:
+        agents = [consortium.transport._agents[i] for i in range(sites)]
+        handlers = [lambda envelope, agent=agent: agent(envelope, None) for agent in agents]
+        threads = speak_for(f"127.0.0.1:{port}", list(zip(files, handlers, strict=True)), ended)
+        config = f"study-home={json.dumps(str(study))}"
+        run_flower(services.operator_home, "lacuna", "run", str(APP), "lacuna", "--run-config", config)
+        try:
+            _until(study, 1)
+            peaks, requests = Peaks(services), root / "run" / "perimeter" / "prefix" / "access.jsonl"
+            before, own = requests.stat().st_size, time.process_time()
+            peaks.begin()
+            _until(study, ROUNDS)
+            peaks.end()
+            own = time.process_time() - own
+        finally:
+            ended.set()
+        lines = [json.loads(line) for line in requests.read_bytes()[before:].splitlines() if line]
+        for thread in threads:
+            thread.join(60)
+    for ledger in consortium.ledgers.values():
+        ledger.close()
+    n = ROUNDS - 1
+    return Load(
+        sites=sites,
+        parameters=parameters,
+        round_s=_round_seconds(study),
+        hospitals_cpu_s=own / n,
+        serverapp_mib=peaks.rss["serverapp"],
+        serverapp_cpu_s=peaks.cpu["serverapp"] / n,
+        superlink_mib=peaks.rss["superlink"],
+        superlink_cpu_s=peaks.cpu["superlink"] / n,
+        storage_mib=peaks.storage,
+        nginx_mib=peaks.rss["perimeter"],
+        nginx_cpu_s=peaks.cpu["perimeter"] / n,
+        down_mib=sum(line["sent"] for line in lines) / MIB / n,
+        up_mib=sum(line["received"] for line in lines) / MIB / n,
+        requests=len(lines) / n,
+    )
+
+
+def _link(home: CoordinatorHome, network: SiteNetwork, folder: Path) -> NodeFiles:
+    """A hospital's certificate, as `coordinator enrol --out` makes it, and its keys."""
+    certificate = home.authority.issue(open_request(network.request()))
+    folder.mkdir(parents=True, mode=0o700)
+    (folder / "tls.pem").write_text(certificate.certificate)
+    (folder / "ca.pem").write_text(certificate.authority)
+    node_key = serialization.load_ssh_private_key(network.node_key.read_bytes(), password=None)
+    return NodeFiles(
+        authority=folder / "ca.pem",
+        certificate=folder / "tls.pem",
+        key=network.next_tls_key,
+        node_key=node_key,  # type: ignore[arg-type]
+    )
+
+
+def _until(study: Path, rounds: int) -> None:
+    deadline, store = time.monotonic() + LIMIT_S, StudyStore(study)
+    try:
+        while store.completed_rounds() < rounds:
+            failed = [body for _, _, kind, body in store.events() if kind == "run_failed"]
+            if failed or time.monotonic() > deadline:
+                raise RuntimeError(f"round {rounds} was not made: {failed or 'too late'}")
+            time.sleep(0.2)
+    finally:
+        store.close()
+
+
+def _round_seconds(study: Path) -> float:
+    store = StudyStore(study)
+    try:
+        at = [at for _, at, kind, _ in store.events() if kind == "round_completed"]
+    finally:
+        store.close()
+    return (at[ROUNDS - 1] - at[0]) / (ROUNDS - 1)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size if path.is_file() else 0
+    except OSError:
+        return 0
+
+
+COLUMNS = (
+    ("sites", "sites", "{:.0f}"),
+    ("round, s", "round_s", "{:.1f}"),
+    ("ServerApp, MiB", "serverapp_mib", "{:.0f}"),
+    ("SuperLink, MiB", "superlink_mib", "{:.0f}"),
+    ("its storage, MiB", "storage_mib", "{:.0f}"),
+    ("nginx, MiB", "nginx_mib", "{:.0f}"),
+    ("down, MiB", "down_mib", "{:.0f}"),
+    ("up, MiB", "up_mib", "{:.0f}"),
+    ("requests", "requests", "{:.0f}"),
+    ("ServerApp, CPU s", "serverapp_cpu_s", "{:.1f}"),
+    ("SuperLink, CPU s", "superlink_cpu_s", "{:.1f}"),
+    ("nginx, CPU s", "nginx_cpu_s", "{:.1f}"),
+    ("hospitals, CPU s", "hospitals_cpu_s", "{:.1f}"),
+)
+
+
+def table(rows: Sequence[Load]) -> str:
+    """Markdown: figures a round, and below them the largest number of sites over the smallest."""
+    lines = [f"{rows[0].parameters:,} parameters, {4 * rows[0].parameters / MIB:.1f} MiB a vector", ""]
+    lines += ["| " + " | ".join(name for name, _, _ in COLUMNS) + " |", "| " + "---: | " * len(COLUMNS)]
+    lines += [
+        "| " + " | ".join(form.format(getattr(row, key)) for _, key, form in COLUMNS) + " |" for row in rows
+    ]
+    if len(rows) > 1:
+        first, last = asdict(rows[0]), asdict(rows[-1])
+        ratios = [f"{last[key] / first[key]:.2f}x" if first[key] else "" for _, key, _ in COLUMNS]
+        lines.append("| " + " | ".join(ratios) + " |")
+    return "\n".join(lines)
+
+
+def run(sites: Sequence[int] = SITES, parameters: int = PARAMETERS) -> str:
+    """Each number of sites in a process of its own, so that memory of one is not the next one's."""
+    rows = []
+    for count in sites:
+        words = [sys.executable, "-m", "tests.benchmarks.load", "--one", str(count)]
+        done = subprocess.run(
+            [*words, "--parameters", str(parameters)], stdout=subprocess.PIPE, text=True, check=True
+        )
+        rows.append(Load(**json.loads(done.stdout.splitlines()[-1])))
+        print(table(rows), file=sys.stderr, flush=True)
+    return table(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--sites", default=",".join(map(str, SITES)))
+    parser.add_argument("--parameters", type=int, default=PARAMETERS)
+    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path)
+    chosen = parser.parse_args()
+    if chosen.one is not None:
+        with tempfile.TemporaryDirectory(prefix="lacuna-load-") as folder:
+            print(json.dumps(asdict(measure(chosen.one, chosen.parameters, Path(folder)))), flush=True)
+        return
+    found = run([int(word) for word in chosen.sites.split(",")], chosen.parameters)
+    print(found)
+    if chosen.out is not None:
+        chosen.out.write_text(found + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The round driver over a vector without a network."""

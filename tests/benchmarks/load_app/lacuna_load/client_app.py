@@ -1,0 +1,5 @@
+"""The real courier."""
+
+from client.courier import app
+
+__all__ = ["app"]
