@@ -10,7 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from privacy.compliance.drawings import dots_on_axis, interval_on_axis
-from privacy.compliance.page import render_page
+from privacy.compliance.page import Verbatim, render_page
 from server.distribution_distance import SetDistance
 from server.release_quality import ConditionQuality, ReleaseQuality
 from shared.volumes.contact_sheet import comparison_sheet
@@ -94,4 +94,4 @@ def _sheet(
             subtitle="; ".join(captions),
         )
         data = base64.b64encode(path.read_bytes()).decode()
-    return {"title": title, "source": f"data:image/png;base64,{data}"}
+    return {"title": title, "source": Verbatim(f"data:image/png;base64,{data}")}

@@ -18,6 +18,7 @@ NAMES = (
     "null_runs",
     "operating_characteristic",
     "copies",
+    "generation",
 )
 LONG = ("modes_compared", "load")
 """Only where it is named: an hour or more."""

@@ -5,12 +5,16 @@ Samples and scans come from fixed seeds: no test here is random.
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+from headless_chromium import find_chromium
+from PIL import Image
 from release_study import make_study
 
 from server.distribution_distance import (
@@ -93,7 +97,23 @@ def test_the_page_stands_alone_and_shows_every_figure(quality: ReleaseQuality) -
     assert "<script" not in html and not re.search(r"(src|href)=\"(?!data:image/png;base64,|#)", html)
     for distance in quality.conditions[0].distances:
         assert f"{distance.value:.4g}" in html and f"{distance.floor:.4g}" in html
-    assert html.count("data:image/png") == 4 and "there is nothing to hold its samples against" in html
+    pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', html)
+    assert len(pictures) == 4
+    for picture in pictures:
+        with Image.open(io.BytesIO(base64.b64decode(picture, validate=True))) as image:
+            image.load()
+            assert image.width > 400
+    assert "there is nothing to hold its samples against" in html
+
+
+@pytest.mark.slow
+def test_the_page_opens_in_a_browser_with_its_pictures(quality: ReleaseQuality, tmp_path: Path) -> None:
+    chromium = find_chromium(tmp_path / "profile")
+    page = tmp_path / "quality.html"
+    page.write_text(quality_page(quality, at="2026-11-26T18:00:00Z"), encoding="utf-8")
+    assert "Condition common" in chromium.dom(page)
+    with Image.open(chromium.picture(page, tmp_path / "page.png", height=6000)) as picture:
+        assert picture.size == (1100, 6000) and len(picture.getcolors(2**24) or []) > 200
 
 
 def test_what_cannot_be_measured_is_refused(bundle: Path, scans: PublicScans, tmp_path: Path) -> None:

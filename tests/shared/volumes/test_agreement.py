@@ -117,6 +117,7 @@ def test_simulated_scans_pass_and_misplaced_masks_are_refused_by_the_segmenter_a
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_real_scans_pass_and_wrong_masks_are_refused_by_the_segmenter_alone(tmp_path: Path) -> None:
     """Thirty public patients, six of them held out; the scans of all others are the test."""
     seen, held_out, scans = hippocampus_scans(slice(24), slice(24, 30), slice(30, None))
