@@ -9,14 +9,17 @@ import base64
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from headless_chromium import find_chromium
 from PIL import Image
 from release_study import make_study
 
+from deploy.cli.main import cli
 from server.distribution_distance import (
     diversity,
     histogram_distance,
@@ -114,6 +117,22 @@ def test_the_page_opens_in_a_browser_with_its_pictures(quality: ReleaseQuality, 
     assert "Condition common" in chromium.dom(page)
     with Image.open(chromium.picture(page, tmp_path / "page.png", height=6000)) as picture:
         assert picture.size == (1100, 6000) and len(picture.getcolors(2**24) or []) > 200
+
+
+@pytest.mark.slow
+def test_the_command_prints_a_table_json_and_a_page(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LACUNA_HOME", str(tmp_path))
+    assert shipped_pair("micro").prior_path.parent.is_dir()
+    shutil.copytree(shipped_pair("micro").prior_path.parent, tmp_path / "coordinator" / "s" / "public")
+    command = ["coordinator", "evaluate", "--study", "s", "--bundle", str(bundle), "--count", "8"]
+    refused = CliRunner().invoke(cli, command)
+    assert refused.exit_code != 0 and "one of --nifti" in str(refused.exception)
+    page = tmp_path / "page.html"
+    told = CliRunner().invoke(cli, [*command, "--simulated", "--report", str(page)], catch_exceptions=False)
+    assert told.exit_code == 0 and "volume of lesion" in told.output and "copies, as released" in told.output
+    assert "Condition rare" in page.read_text(encoding="utf-8")
 
 
 def test_what_cannot_be_measured_is_refused(bundle: Path, scans: PublicScans, tmp_path: Path) -> None:
