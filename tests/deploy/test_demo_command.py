@@ -23,13 +23,18 @@ pytestmark = [pytest.mark.slow, pytest.mark.flower, pytest.mark.timeout(1800)]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 INTERRUPTED = 130
+AS_FROM_A_TERMINAL = (
+    # A shell starts what it puts in the background with SIGINT ignored, and children inherit that.
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    "from deploy.cli.main import main; main()"
+)
 
 
 @contextmanager
 def demo(out: Path, log: Path) -> Iterator[subprocess.Popen[bytes]]:
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "deploy.cli", "demo", "--out", str(out), "--rounds", "3"],
+            [sys.executable, "-c", AS_FROM_A_TERMINAL, "demo", "--out", str(out), "--rounds", "3"],
             cwd=REPOSITORY,
             stdout=output,
             stderr=subprocess.STDOUT,
