@@ -52,8 +52,9 @@ Highest resident memory of a round above that between rounds, which holds the mo
 Adam's two moments: 4 vectors), in vectors of 4 bytes a parameter. The round is the real one: weights out,
 uploads in through Flower's own inflation of messages, keys and shares of the next attempt along the way,
 unmasking, optimizer step, checkpoint. SuperLink's storage is not in it: it keeps each message until it is
-taken, up to 4 bytes a parameter and site. Where sites send without masks, the total is not checked; the
-ServerApp's work is the same."""
+taken, up to 4 bytes a parameter and site. The peak is at the end of an answer's inflation: the sum, and the
+answer twice, as Flower's chunks and as its arrays; the rest is Flower's threads and messages. Where sites
+send without masks, the total is not checked; the ServerApp's work is the same."""
 
 
 def cell(module: str, *arguments: object) -> dict[str, Any]:
