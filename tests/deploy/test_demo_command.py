@@ -19,7 +19,7 @@ from server.study_store import StudyStore
 from shared.errors import LacunaError
 from shared.exit_codes import ExitCode
 
-pytestmark = [pytest.mark.slow, pytest.mark.flower, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slow, pytest.mark.flower, pytest.mark.timeout(5400)]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 INTERRUPTED = 130
@@ -99,8 +99,8 @@ def test_side_by_side_interrupted_and_again(tmp_path: Path) -> None:
         assert rounds_done(first) < 3
 
         with demo(first, tmp_path / "3.log") as again:
-            assert again.wait(900) in (ExitCode.DONE, ExitCode.REFUSED), (tmp_path / "3.log").read_text()
-        assert other.wait(900) in (ExitCode.DONE, ExitCode.REFUSED), (tmp_path / "2.log").read_text()
+            assert again.wait(2400) in (ExitCode.DONE, ExitCode.REFUSED), (tmp_path / "3.log").read_text()
+        assert other.wait(2400) in (ExitCode.DONE, ExitCode.REFUSED), (tmp_path / "2.log").read_text()
     for out in (first, second):
         assert rounds_done(out) == 3
         assert processes_of(out) == []
