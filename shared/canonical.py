@@ -77,10 +77,6 @@ def parse_json(data: bytes, *, what: str, max_bytes: int = MAX_JSON_BYTES) -> An
         raise MalformedMessageError(f"{what}: not valid JSON ({error})") from error
 
 
-_JOINED_BYTES = 4096
-"""Less than this is hashed in one piece, which is quicker; more is not copied."""
-
-
 def framed(domain: str, *parts: bytes) -> bytes:
     """Injective encoding of a domain and a tuple of byte strings: each with its 8-byte length."""
     return b"".join(_pieces(domain, parts))
@@ -88,11 +84,8 @@ def framed(domain: str, *parts: bytes) -> bytes:
 
 def digest(domain: str, *parts: bytes | memoryview) -> bytes:
     """SHA-256 (32 bytes) of :func:`framed`. ``domain`` names purpose and version: ``lacuna/plan/v1``."""
-    pieces = _pieces(domain, parts)
-    if sum(map(len, pieces)) < _JOINED_BYTES:
-        return hashlib.sha256(b"".join(pieces)).digest()
     hashed = hashlib.sha256()
-    for piece in pieces:
+    for piece in _pieces(domain, parts):
         hashed.update(piece)
     return hashed.digest()
 
