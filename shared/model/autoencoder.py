@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from shared.errors import UsageError
 from shared.model.presets import ModelPreset
+from shared.model.public_network import check_label_count, seeded_initialisation
 
 INITIAL_LOG_VARIANCE = -5.0
 
@@ -40,8 +41,7 @@ class LatentAutoencoder(nn.Module):
 
     def __init__(self, preset: ModelPreset, *, n_labels: int) -> None:
         super().__init__()
-        if not 1 <= n_labels <= 64:
-            raise UsageError(f"{n_labels} mask labels: at least 1 (background not counted) and at most 64")
+        check_label_count(n_labels)
         self.preset = preset
         self.n_labels = n_labels
         shared = preset.mask_latent_channels == 0
@@ -189,6 +189,5 @@ def depth_to_space(x_BCDHW: Tensor, edge: int) -> Tensor:
 
 def build_autoencoder(preset: ModelPreset, *, n_labels: int, seed: int = 0) -> LatentAutoencoder:
     """A freshly initialised autoencoder; initialisation depends on the public seed alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded_initialisation(seed):
         return LatentAutoencoder(preset, n_labels=n_labels)

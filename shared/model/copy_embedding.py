@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from shared.errors import UsageError
 from shared.model.autoencoder import space_to_depth
-from shared.model.weights import load_weights
+from shared.model.public_network import check_label_count, frozen, seeded_initialisation, standardised
 
 EMBEDDING_SIZE = 128
 CHANNELS = (32, 64, 64)
@@ -45,8 +45,7 @@ class CopyEmbedding(nn.Module):
 
     def __init__(self, *, n_labels: int) -> None:
         super().__init__()
-        if not 1 <= n_labels <= 64:
-            raise UsageError(f"{n_labels} mask labels: at least 1 (background not counted) and at most 64")
+        check_label_count(n_labels)
         self.n_labels = n_labels
         widths = ((1 + n_labels) * _EDGE**3, *CHANNELS)
         layers: list[nn.Module] = []
@@ -72,9 +71,7 @@ class CopyEmbedding(nn.Module):
         """
         if any(side % _EDGE for side in image_B1DHW.shape[2:]):
             raise UsageError(f"grid {tuple(image_B1DHW.shape[2:])}: the copy embedding needs even edges")
-        centred = image_B1DHW - image_B1DHW.mean(dim=(2, 3, 4), keepdim=True)
-        scale = centred.square().mean(dim=(2, 3, 4), keepdim=True).sqrt()
-        x = torch.cat([centred / (scale + 1e-3), self.label_shares(mask_BDHW).to(centred.dtype)], dim=1)
+        x = torch.cat([standardised(image_B1DHW), self.label_shares(mask_BDHW).to(image_B1DHW.dtype)], dim=1)
         x = F.adaptive_avg_pool3d(self.network(space_to_depth(x, _EDGE)), _POOLED)
         return F.normalize(self.head(x.flatten(1)), dim=1)
 
@@ -170,15 +167,10 @@ def contrast_loss(
 
 def build_copy_embedding(*, n_labels: int, seed: int = 0) -> CopyEmbedding:
     """A freshly initialised embedding; initialisation depends on the public seed alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded_initialisation(seed):
         return CopyEmbedding(n_labels=n_labels)
 
 
 def load_copy_embedding(path: Path | None, *, n_labels: int) -> CopyEmbedding | None:
     """The embedding of a file, frozen, in evaluation mode; None where a plan names none."""
-    if path is None:
-        return None
-    embedding = build_copy_embedding(n_labels=n_labels)
-    load_weights(embedding, path)
-    return embedding.requires_grad_(False).eval()
+    return None if path is None else frozen(build_copy_embedding(n_labels=n_labels), path)

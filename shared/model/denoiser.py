@@ -20,6 +20,7 @@ from shared.errors import UsageError
 from shared.model.diffusion import Diffusion, diffusion_of
 from shared.model.low_rank import insert_low_rank
 from shared.model.presets import ModelPreset
+from shared.model.public_network import seeded_initialisation
 
 TIMESTEP_SCALE = 1000.0
 """The UNet's sinusoidal embedding expects timesteps of this range; ours are in [0, 1]."""
@@ -136,8 +137,7 @@ def build_denoiser(
     preset: ModelPreset, *, n_conditions: int, covariate_sizes: Sequence[int] = (), seed: int = 0
 ) -> Denoiser:
     """A freshly initialised denoiser; initialisation depends on the public seed alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded_initialisation(seed):
         return Denoiser(preset, n_conditions=n_conditions, covariate_sizes=tuple(covariate_sizes))
 
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from shared.errors import UsageError
-from shared.model.weights import load_weights
+from shared.model.public_network import check_label_count, frozen, seeded_initialisation, standardised
 
 CHANNELS = (16, 32, 64, 128)
 _DIVISOR = 2 ** (len(CHANNELS) - 1)
@@ -37,8 +37,7 @@ class Segmenter(nn.Module):
 
     def __init__(self, *, n_labels: int) -> None:
         super().__init__()
-        if not 1 <= n_labels <= 64:
-            raise UsageError(f"{n_labels} mask labels: at least 1 (background not counted) and at most 64")
+        check_label_count(n_labels)
         self.n_labels = n_labels
         self.network = UNet(
             spatial_dims=3,
@@ -59,9 +58,7 @@ class Segmenter(nn.Module):
             raise UsageError(
                 f"grid {tuple(image_B1DHW.shape[2:])}: the segmenter needs multiples of {_DIVISOR}"
             )
-        centred = image_B1DHW - image_B1DHW.mean(dim=(2, 3, 4), keepdim=True)
-        scale = centred.square().mean(dim=(2, 3, 4), keepdim=True).sqrt()
-        logits: Tensor = self.network(centred / (scale + 1e-3))
+        logits: Tensor = self.network(standardised(image_B1DHW))
         return logits
 
     @torch.no_grad()
@@ -77,15 +74,10 @@ class Segmenter(nn.Module):
 
 def build_segmenter(*, n_labels: int, seed: int = 0) -> Segmenter:
     """A freshly initialised segmenter; initialisation depends on the public seed alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded_initialisation(seed):
         return Segmenter(n_labels=n_labels)
 
 
 def load_segmenter(path: Path | None, *, n_labels: int) -> Segmenter | None:
     """The segmenter of a file, frozen, in evaluation mode; None where there is none."""
-    if path is None:
-        return None
-    segmenter = build_segmenter(n_labels=n_labels)
-    load_weights(segmenter, path)
-    return segmenter.requires_grad_(False).eval()
+    return None if path is None else frozen(build_segmenter(n_labels=n_labels), path)
