@@ -16,7 +16,10 @@ from pathlib import Path
 from shared.errors import CoordinatorError, UsageError
 
 DATABASE, CHECKPOINT = ".sqlite", ".safetensors"
-LEFT_OUT = ("-journal", "-wal", "-shm", ".lock", ".part", ".partial", ".new")
+MARKER = ".lacuna-backup"
+"""Empty file of a folder that is such a copy: nothing is ever taken out of another one."""
+
+LEFT_OUT = ("-journal", "-wal", "-shm", ".lock", ".part", ".partial", ".new", MARKER)
 """Ends of names of files that mean nothing without a running process."""
 
 
@@ -31,8 +34,8 @@ def back_up(root: Path, target: Path) -> int:
 
     Raises:
         CoordinatorError: there is no such folder.
-        UsageError: the copy would lie in the folder, or in one open to others, or cannot be written (an
-            older one may be half new then).
+        UsageError: the copy would lie in the folder, in one open to others or in one with other things in
+            it, or cannot be written (an older one may be half new then).
     """
     if not root.is_dir():
         raise CoordinatorError(f"there is nothing to back up in {root}")
@@ -45,6 +48,13 @@ def back_up(root: Path, target: Path) -> int:
         target.mkdir(parents=True, exist_ok=True, mode=0o700)
         if target.stat().st_mode & 0o077:
             raise UsageError(f"{target} is open to other users", remedy=f"chmod 700 {target}")
+        marker = target / MARKER
+        if not marker.exists() and any(target.iterdir()):
+            raise UsageError(
+                f"{target} is not empty and is no earlier backup",
+                remedy="name a new folder, or an earlier copy",
+            )
+        marker.touch(mode=0o600)
         names = sorted(_files(root), key=lambda name: (name.suffix != DATABASE, name))
         for name in names:
             _private_folders(target, name.parent)

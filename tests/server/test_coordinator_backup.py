@@ -51,6 +51,16 @@ def test_a_copy_holds_everything_privately_and_is_brought_up_to_date(root: Path,
     assert not (target / "study" / ".driver.lock").exists()
 
 
+def test_a_folder_with_other_things_in_it_is_left_alone(root: Path, tmp_path: Path) -> None:
+    """A copy takes out what the coordinator no longer has: in somebody's home, that would be everything."""
+    home = tmp_path / "home"
+    home.mkdir(mode=0o700)
+    (home / "thesis.txt").write_text("years of work")
+    with pytest.raises(UsageError, match="no earlier backup"):
+        back_up(root, home)
+    assert [path.name for path in home.iterdir()] == ["thesis.txt"]
+
+
 def test_what_is_not_committed_is_not_in_the_copy(root: Path, tmp_path: Path) -> None:
     writer = sqlite3.connect(root / "study" / "state.sqlite", isolation_level=None)
     writer.execute("BEGIN IMMEDIATE")
