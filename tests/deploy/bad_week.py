@@ -394,10 +394,10 @@ class BadWeek:
                 path.with_suffix(".new").write_text(pace)
                 path.with_suffix(".new").replace(path)
 
-    def _say(self, words: str, **facts: Any) -> None:
+    def _say(self, what: str, /, **facts: Any) -> None:
         at = round(time.monotonic() - self._started, 1)
-        self.timeline.append({"at_s": at, "what": words, **({"facts": facts} if facts else {})})
-        self._told(f"{at:7.1f} s  {words}" + (f"  {json.dumps(facts)}" if facts else ""))
+        self.timeline.append({"at_s": at, "what": what, **({"facts": facts} if facts else {})})
+        self._told(f"{at:7.1f} s  {what}" + (f"  {json.dumps(facts)}" if facts else ""))
         self.write()
 
     # places
