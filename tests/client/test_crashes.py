@@ -125,15 +125,21 @@ def test_an_agent_process_that_dies_at_any_named_point_recovers(
 def test_two_hundred_random_deaths_of_agent_processes(
     processes: AgentProcesses, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A random passage of a random point, so in a random round and attempt; each counts if it killed."""
+    """A random passage of a random point, so in a random round and attempt; each counts if it killed.
+
+    A passage that the study does not come to leaves the process armed: the checks would set it off.
+    """
     rng = random.Random(20)
     died: list[tuple[str, int, int]] = []
     while len(died) < 200:
         point, passage = rng.choice(POINTS), rng.randint(1, 6)
         with process_study(processes, monkeypatch, point=point, passage=passage) as study:
             study.run()
+            if not study.deaths:
+                assert study.exit_codes == [] and study.finished
+                continue
             died += [(point, *where) for where in study.deaths]
-            assert study.exit_codes in ([], [-signal.SIGKILL])
+            assert study.exit_codes == [-signal.SIGKILL]
             check_recovered(study)
     assert len({point for point, _, _ in died}) > 25
     assert {round_number for _, round_number, _ in died} >= {1, 2, 3}
