@@ -13,20 +13,28 @@ from collections import Counter
 import numpy as np
 
 from privacy.audit.bounds import clopper_pearson
-from tests.benchmarks.leaks.judging import DEFAULT_MAX_AUC, SETTINGS, Gate, Repetition, read_scores
+from tests.benchmarks.leaks.judging import DEFAULT_MAX_AUC, FOLDER, SETTINGS, Gate, Repetition, read_scores
 
 RUNS = 200
 """For each setting and number of members."""
 
+HEADER = (
+    "# Null runs\n\n"
+    "`python -m tests.benchmarks null_runs`: random relabelings of glands that the network was trained on "
+    "none of. A block is a condition that a test found broken; a refusal because the noised counts were too "
+    "blind is none. The same relabelings are judged in all settings, so that rows are not independent of one "
+    "another."
+)
+
 
 def run() -> str:
-    """A table with exact 95% intervals."""
+    """A list with exact 95% intervals, also written to ``leaks/null_runs.md``."""
     studies = {"adrenal-100": 100, "adrenal-200": 200}
     by_study: dict[str, list[Repetition]] = {name: [] for name in studies}
     for repetition in read_scores():
         if repetition.study in by_study:
             by_study[repetition.study].append(repetition)
-    lines = ["null runs: random relabelings of glands that the network was trained on none of"]
+    lines = []
     total, blocks, level = 0, 0, 0.0
     for name, members in studies.items():
         for setting, arguments in SETTINGS.items():
@@ -34,10 +42,12 @@ def run() -> str:
             blind = outcomes["too blind"]
             found = RUNS - blind - outcomes["pass"]
             total, blocks = total + RUNS, blocks + found
-            lines.append(f"{members} members, {setting:12} counts: {_words(found, RUNS)}; too blind: {blind}")
+            lines.append(f"{members} members, {setting} counts: {_words(found, RUNS)}; too blind: {blind}")
     lines.append(f"all: {_words(blocks, total)}")
     lines.append(f"stated level of one audit, all tests together: {level:.4f}")
-    return "\n".join(lines)
+    listed = "\n".join(f"- {line}" for line in lines)
+    (FOLDER / "null_runs.md").write_text(f"{HEADER}\n\n{listed}\n")
+    return listed
 
 
 def null_outcomes(

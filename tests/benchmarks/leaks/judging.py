@@ -36,6 +36,8 @@ from tests.small_plan import Keys, plan_document
 
 FOLDER = Path(__file__).parent
 SCORES = FOLDER / "scores.npz"
+GRADIENTS = FOLDER / "gradients.npz"
+"""One draw with gradient norms (``training --gradients``), as :mod:`.training` wrote it."""
 SITES = ("site-0", "site-1", "site-2")
 DEFAULT_MAX_AUC: float = AuditClause.model_fields["max_auc"].default
 NOISE_DRAWS = 8
@@ -269,6 +271,42 @@ def blocking_step(rows: Sequence[Row], setting: str, share: float = 0.5) -> Row 
     return None
 
 
+@dataclass(frozen=True, kw_only=True)
+class GradientRow:
+    """Gradient norm beside the primary attack on the same units: AUC and its interval (95%)."""
+
+    step: int
+    n_members: int
+    n_others: int
+    primary: tuple[float, float, float]
+    gradient_norm: tuple[float, float, float]
+
+
+def judge_gradients(path: Path) -> list[GradientRow]:
+    """A row for each step at which every unit of both groups was given a gradient norm."""
+    with np.load(path) as archive:
+        steps_K, member_U = archive["steps_K"], archive["member_U"].astype(bool)
+        primary_KU, norm_KU = archive["calibrated_loss"], archive["gradient_norm"]
+    rows = []
+    for step, primary_U, norm_U in zip(steps_K, primary_KU, norm_KU, strict=True):
+        known_U = np.isfinite(norm_U)
+        if not known_U.any():
+            continue
+        groups = known_U & member_U, known_U & ~member_U
+        figures = []
+        for score_U in (primary_U, norm_U):
+            members, others = (score_U[group].astype(np.float64) for group in groups)
+            interval = auc_interval(members, others, error=0.05)
+            figures.append((auc(members, others), interval.low, interval.high))
+        rows.append(
+            GradientRow(
+                step=int(step), n_members=int(groups[0].sum()), n_others=int(groups[1].sum()),
+                primary=figures[0], gradient_norm=figures[1],
+            )
+        )  # fmt: skip
+    return rows
+
+
 def judge_kept_scores(path: Path = SCORES, out: Path = FOLDER) -> str:
     """Write ``table.md`` and ``plot.png``; return the table."""
     from tests.benchmarks.leaks.table import draw_plot, write_table
@@ -280,7 +318,8 @@ def judge_kept_scores(path: Path = SCORES, out: Path = FOLDER) -> str:
     for repetition in repetitions:
         studies[repetition.study].append(repetition)
     rows = {study: judge_study(own) for study, own in studies.items()}
-    table = write_table(rows, {study: own[0] for study, own in studies.items()})
+    examples = {study: own[0] for study, own in studies.items()}
+    table = write_table(rows, examples, judge_gradients(GRADIENTS) if GRADIENTS.exists() else [])
     (out / "table.md").write_text(table)
     draw_plot(rows, out / "plot.png")
     return table

@@ -10,6 +10,7 @@ from tests.benchmarks.leaks.judging import (
     ATTACKS,
     DEFAULT_MAX_AUC,
     SETTINGS,
+    GradientRow,
     Repetition,
     Row,
     blocking_step,
@@ -27,6 +28,8 @@ NAMES = {
     "secmi": "SecMI",
     "gradient_norm": "gradient norm",
 }
+TABULATED = ATTACKS[:-1]
+"""Attacks of the large runs: all but the gradient norm."""
 AUC_LIMIT = 0.70
 
 INTRO = (
@@ -37,13 +40,17 @@ INTRO = (
     "scores are 0, and exact counts are refused as blind.\n\n"
     "The unit of the adrenal sets is the gland: the files name no patients, and two glands of one person "
     "may stand on both sides of the split within the training part. Members are of that part, non-members "
-    "of validation and test. The gradient norm, a backward pass for each patient, did not finish in the "
-    "run that these scores are from."
+    "of validation and test. The gradient norm, a backward pass for each patient, has a run and a table of "
+    "its own, at the end."
 )
 
 
-def write_table(rows: Mapping[str, Sequence[Row]], examples: Mapping[str, Repetition]) -> str:
-    """Markdown: a table for each study, and the step at which the gate blocks."""
+def write_table(
+    rows: Mapping[str, Sequence[Row]],
+    examples: Mapping[str, Repetition],
+    gradients: Sequence[GradientRow] = (),
+) -> str:
+    """Markdown: a table for each study and the step at which the gate blocks; the gradient norm's."""
     parts = [
         "# What the audit sees without protection",
         "",
@@ -63,17 +70,41 @@ def write_table(rows: Mapping[str, Sequence[Row]], examples: Mapping[str, Repeti
             f"on exact scores as a hospital sees them, lies above {DEFAULT_MAX_AUC:.2f}. Gate: share of "
             "verdicts that block.",
             "",
-            f"| step | {' | '.join([NAMES[a] for a in ATTACKS] + [f'gate, {s}' for s in SETTINGS])} |",
-            "| ---: |" + " ---: |" * (len(ATTACKS) + len(SETTINGS)),
+            f"| step | {' | '.join([NAMES[a] for a in TABULATED] + [f'gate, {s}' for s in SETTINGS])} |",
+            "| ---: |" + " ---: |" * (len(TABULATED) + len(SETTINGS)),
         ]
         parts += [_line(row) for row in own]
         parts += ["", *_conclusions(own), ""]
+    if gradients:
+        parts += [*_gradients(gradients), ""]
     return "\n".join(parts)
+
+
+def _gradients(rows: Sequence[GradientRow]) -> list[str]:
+    return [
+        "## The gradient norm",
+        "",
+        "`python -m tests.benchmarks.leaks.training --gradients`: one draw of 100 adrenal glands, with "
+        "public networks that trained for less than those above, so that steps do not compare with the "
+        f"tables above. Both attacks on the same {rows[0].n_members} members and {rows[0].n_others} "
+        "non-members; AUC and its 95% interval.",
+        "",
+        "| step | primary | gradient norm |",
+        "| ---: | ---: | ---: |",
+        *(
+            f"| {row.step} | "
+            + " | ".join(
+                f"{a:.3f} ({low:.3f} to {high:.3f})" for a, low, high in (row.primary, row.gradient_norm)
+            )
+            + " |"
+            for row in rows
+        ),
+    ]
 
 
 def _line(row: Row) -> str:
     cells = [str(row.step)]
-    for name in ATTACKS:
+    for name in TABULATED:
         value, seen = row.aucs[name], row.seen[name]
         cells.append("" if value is None or seen is None else f"{value:.3f} ({seen:.2f})")
     for setting in SETTINGS:
@@ -134,7 +165,7 @@ def draw_plot(rows: Mapping[str, Sequence[Row]], path: Path) -> None:
         low = [row.true_auc - row.spread for row in own]
         high = [row.true_auc + row.spread for row in own]
         panel.fill_between(steps, low, high, color="tab:blue", alpha=0.15, linewidth=0)
-        for name in ATTACKS:
+        for name in TABULATED:
             known = [(row.step, row.aucs[name]) for row in own if row.aucs[name] is not None]
             width = 2.0 if name == "calibrated_loss" else 1.0
             panel.plot(*zip(*known, strict=True), label=f"AUC, {NAMES[name]}", linewidth=width, marker=".")

@@ -9,6 +9,9 @@ members and on units that no network has seen: the primary attack each time, the
 project's ``usual_attacks`` defines them at the steps of :data:`SECONDARY_STEPS`. (The audit takes each
 patient as a batch of its own; here many go into one batch, which changes the last digits and saves hours.)
 
+``--gradients`` makes the per-patient gradient norm beside the primary attack, which the large runs leave
+out: one draw, public networks that train for less, about half an hour on one core of a CPU.
+
 Written to DIR, one file for each study and repetition: ``STUDY-REPETITION.npz`` with ``steps_K``,
 ``member_U`` (bool) and one array [K, U] for each attack, higher speaking for membership, NaN where it was not
 run; ``public_loss_U`` on the prior; ``planted_auc``, the planted-leak control on the last network;
@@ -50,9 +53,7 @@ PRESET = "tiny"
 per_sample_loss = diffusion_of(preset_named(PRESET)).per_sample_loss
 STEPS = (0, 5, 10, 15, 20, 25, 30, 40, 50, 60, 80, 100, 150, 200, 300)
 SECONDARY_STEPS = (0, 10, 20, 40, 80, 150, 300)
-GRADIENT_STEPS = (20,)
-GRADIENT_REPETITIONS = 2
-GRADIENT_UNITS = 60
+GRADIENT_UNITS = 100
 """Of each group: the gradient norm takes a backward pass for each unit, so it is run last and on a part."""
 
 TIMESTEPS = (0.2, 0.4, 0.6, 0.8)
@@ -90,19 +91,35 @@ PRIOR_HELD_OUT = {"hippocampus": 10, "adrenal": 120}
 
 @dataclass(frozen=True, kw_only=True)
 class Effort:
-    """How long the public networks train; ``steps`` of the attacked ones."""
+    """How long the public networks train; ``steps`` of the attacked ones.
+
+    Attributes:
+        gradient_steps: Where the gradient norm is taken as well, in the first ``most_repetitions``.
+        studies: Names of :data:`STUDIES`.
+    """
 
     autoencoder_steps: int = 900
     prior_steps: int = 1000
     prior_copies: int = 8
     steps: tuple[int, ...] = STEPS
+    gradient_steps: tuple[int, ...] = ()
+    studies: tuple[str, ...] = tuple(STUDIES)
+    most_repetitions: int = 100
     units: int = 10_000
 
 
 FINE = Effort(steps=(0, 2, 4, 5, 6, 7, 8, 9, 10, 12, 15, 20))
 """Around the step at which an AUC of 0.7 is passed."""
 
-TOY = Effort(autoencoder_steps=1, prior_steps=1, prior_copies=1, steps=(0, 20), units=2)
+GRADIENTS = Effort(
+    autoencoder_steps=200, prior_steps=300, prior_copies=2, steps=(0, 5, 10, 20, 40, 80),
+    gradient_steps=(5, 10, 20, 40, 80), studies=("adrenal-100",), most_repetitions=1,
+)  # fmt: skip
+
+TOY = Effort(
+    autoencoder_steps=1, prior_steps=1, prior_copies=1, steps=(0, 20), gradient_steps=(20,),
+    most_repetitions=1, units=2,
+)  # fmt: skip
 
 
 def split_units(scans: PackedScans, name: str, effort: Effort) -> dict[str, np.ndarray]:
@@ -204,7 +221,7 @@ def attack_repetition(
             for attack in usual_attacks():
                 wanted = step in SECONDARY_STEPS and attack.attack in TRAJECTORY_ATTACKS
                 row[attack.attack] = figures.trajectory(candidate, attack) if wanted else unknown
-            if step in GRADIENT_STEPS and repetition < GRADIENT_REPETITIONS:
+            if step in effort.gradient_steps:
                 kept[len(done)] = copy.deepcopy(candidate)
             rows.append(row)
             done.append(step)
@@ -436,21 +453,23 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--toy", action="store_true", help="a few steps, to see that it runs")
+    parser.add_argument("--gradients", action="store_true", help="one draw with the gradient norm")
     parser.add_argument("--fine", action="store_true", help="the first steps, one after the other")
     parser.add_argument("--budget-s", type=float, default=150.0, help="for the attacked networks")
     options = parser.parse_args()
-    effort = TOY if options.toy else FINE if options.fine else Effort()
+    effort = TOY if options.toy else GRADIENTS if options.gradients else FINE if options.fine else Effort()
     options.out.mkdir(parents=True, exist_ok=True)
     state = options.state or options.out / "state"
     tasks = sorted(
         (repetition / study.repetitions, name, repetition)
-        for name, study in STUDIES.items()
-        for repetition in range(1 if options.toy else study.repetitions)
+        for name, study in ((name, STUDIES[name]) for name in effort.studies)
+        for repetition in range(min(study.repetitions, effort.most_repetitions))
     )
     started = time.monotonic()
     with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
         common = (options.scans, options.out, state, options.device, effort)
-        for note in [pool.submit(train_public, name, *common) for name in POOL]:
+        scans = sorted({STUDIES[name].scans for name in effort.studies})
+        for note in [pool.submit(train_public, name, *common) for name in scans]:
             print(note.result(), flush=True)
         print(f"public networks: {time.monotonic() - started:.0f} s", flush=True)
         deadline = time.time() + options.budget_s
