@@ -10,7 +10,6 @@ import base64
 import json
 import re
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -90,14 +89,11 @@ class RecordingBench(WatchedWorkbench):
 
 
 @pytest.fixture
-def trio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Trio]:
-    monkeypatch.setenv("LACUNA_COUNTER_DIR", str(tmp_path / "counters"))
-    trio = Trio(tmp_path)
+def trio(trio: Trio) -> Trio:
     for i in range(3):
         trio.benches[i] = RecordingBench(trio.length, i, trio.homes[i].study(trio.plan.study_id))
         trio.restart(i)
-    yield trio
-    trio.close()
+    return trio
 
 
 def renderings(audit: LocalAudit) -> set[bytes]:
