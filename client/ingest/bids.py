@@ -22,6 +22,7 @@ from client.ingest.scan import (
     Problem,
     ProblemKind,
     ScanEntry,
+    SingleFile,
     UnusableScanError,
     VolumeSource,
 )
@@ -135,28 +136,18 @@ class BidsFolder:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TabledMask:
+class TabledMask(SingleFile):
     """A segmentation whose values are explained by a table with the columns ``index`` and ``name``.
 
     Attributes:
-        path: NIfTI file.
-        table: Its look-up table.
+        table: Look-up table of the NIfTI file.
         labels: The plan's labels; label k becomes value k + 1.
         names: Names in the table and the label that each stands for, where they differ.
     """
 
-    path: Path
     table: Path
     labels: tuple[str, ...]
     names: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def identity(self) -> str:
-        return str(self.path.resolve())
-
-    @property
-    def missing(self) -> str | None:
-        return NiftiFile(path=self.path).missing
 
     def read(self, like: Volume | None = None) -> LoadedVolume:
         """Read the file and bring its values into the plan's order. Raises UnusableScanError."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 from client.ingest.dicom_frames import frame_groups, group_item, plane_geometry
 from client.ingest.dicom_volume import LPS_TO_RAS
 from client.ingest.pixel_decoder import stored_values
-from client.ingest.scan import LoadedVolume, ProblemKind, UnusableScanError
+from client.ingest.scan import LoadedVolume, ProblemKind, SingleFile, UnusableScanError
 from client.ingest.segment_names import values_by_name
 from shared.volumes.nifti import Affine, Volume
 
@@ -28,27 +27,17 @@ POSITION_TOLERANCE_VOXELS = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
-class SegmentationFile:
+class SegmentationFile(SingleFile):
     """A mask in a DICOM SEG file.
 
     Attributes:
-        path: The file.
         labels: The plan's labels; label k becomes value k + 1.
         names: Names of segments and the label that each stands for, where they differ; an empty label means
             that the segment is left out.
     """
 
-    path: Path
     labels: tuple[str, ...]
     names: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def identity(self) -> str:
-        return str(self.path.resolve())
-
-    @property
-    def missing(self) -> str | None:
-        return None if self.path.is_file() else self.path.name
 
     def read(self, like: Volume | None = None) -> LoadedVolume:
         """The mask on the grid of ``like``, which is needed: a SEG alone has no slices but its own.

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 
-from client.ingest.scan import LoadedVolume, ProblemKind, UnusableScanError
+from client.ingest.scan import LoadedVolume, ProblemKind, SingleFile, UnusableScanError
 from shared.checkpoint import file_sha256
 from shared.volumes.nifti import Volume, VolumeFileError, read_volume
 
@@ -18,24 +17,14 @@ _WHOLE = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
-class NiftiFile:
+class NiftiFile(SingleFile):
     """A volume in a NIfTI file.
 
     Attributes:
-        path: The file.
         sha256: Checksum of the file (hexadecimal), where the source lists one.
     """
 
-    path: Path
     sha256: str | None = None
-
-    @property
-    def identity(self) -> str:
-        return str(self.path.resolve())
-
-    @property
-    def missing(self) -> str | None:
-        return None if self.path.is_file() else self.path.name
 
     def read(self, like: Volume | None = None) -> LoadedVolume:
         """Read the file; a mask whose axes only run in another order or direction is turned to ``like``.

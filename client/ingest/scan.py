@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from typing import Protocol
 
 from shared.errors import SiteError
@@ -108,6 +109,27 @@ class VolumeSource(Protocol):
             UnusableScanError: with what is wrong.
         """
         ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class SingleFile:
+    """What every :class:`VolumeSource` of one file knows without reading it.
+
+    Attributes:
+        path: The file.
+    """
+
+    path: Path
+
+    @property
+    def identity(self) -> str:
+        """The same for two sources exactly when they are the same file."""
+        return str(self.path.resolve())
+
+    @property
+    def missing(self) -> str | None:
+        """The file's name if it is not there."""
+        return None if self.path.is_file() else self.path.name
 
 
 @dataclass(frozen=True, kw_only=True)
