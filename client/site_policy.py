@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Annotated, Literal
@@ -284,6 +284,11 @@ class SitePolicy(BaseModel):
         except tomllib.TOMLDecodeError as error:
             raise InvalidPolicyError(f"{change!r} is not KEY=VALUE in TOML: {error}") from error
         return _validated({**self.model_dump(), **value}, what=f"change {change!r}")
+
+    def clauses(self, names: Iterable[str]) -> list[str]:
+        """Top-level clauses as lines of TOML, in the order of the names."""
+        value = self.model_dump(mode="json", exclude_none=True)
+        return [tomli_w.dumps({name: value[name]}).rstrip() for name in names if name in value]
 
 
 def load_policy(path: Path) -> SitePolicy:

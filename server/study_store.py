@@ -290,6 +290,17 @@ class StudyStore:
         finally:
             os.close(descriptor)
 
+    def driven(self) -> bool:
+        """Whether a driver holds the study at this moment."""
+        descriptor = os.open(self.root / ".driver.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+        finally:
+            os.close(descriptor)
+        return False
+
     # events
 
     def record_event(self, kind: str, **body: Any) -> None:

@@ -444,17 +444,23 @@ def launch(
 def resume(
     study_id: str, flwr_home: Path, connection: str, longest_exchange: float | None, as_json: bool
 ) -> None:
-    """Continue a study in a new Flower run, from its last checkpoint."""
-    from deploy.flower_run import submit_study
+    """Continue a study in a new Flower run, from its last checkpoint.
+
+    Runs of it that Flower still lists, though their round driver is gone, are stopped.
+    """
+    from deploy.flower_run import stop_dead_runs, submit_study
     from server.study_store import StudyStore
 
     done = StudyStore.default(study_id).completed_rounds()
+    stopped = stop_dead_runs(study_id, flwr_home=flwr_home, connection=connection)
     run_id = submit_study(
         study_id, flwr_home=flwr_home, connection=connection, longest_exchange_s=longest_exchange
     )
     if as_json:
-        print_json({"run_id": run_id, "study": study_id, "completed_rounds": done})
+        print_json({"run_id": run_id, "study": study_id, "completed_rounds": done, "stopped": stopped})
     else:
+        if stopped:
+            click.echo(f"stopped, for they had no round driver any more: {', '.join(stopped)}")
         click.echo(f"Flower run {run_id} continues study {study_id} after round {done}")
 
 

@@ -129,11 +129,22 @@ def perimeter(out: Path, listen: str | None, superlink_port: int, users: tuple[s
 @click.command("register-nodes")
 @click.option("--flwr-home", type=PathType, required=True, help="FLWR_HOME with the operator's config.toml.")
 @click.option("--connection", default="lacuna", show_default=True, help="Its name in config.toml.")
-def register_nodes(flwr_home: Path, connection: str) -> None:
+@click.option(
+    "--wait",
+    "wait_s",
+    type=click.FloatRange(0, 3600),
+    default=90,
+    show_default=True,
+    metavar="SECONDS",
+    help="For a SuperLink that starts.",
+)
+def register_nodes(flwr_home: Path, connection: str, wait_s: float) -> None:
     """Register the SuperNodes of enrolled sites at the SuperLink, and take off revoked ones."""
+    from deploy.flower_run import await_superlink
     from deploy.node_registration import register_nodes as register
     from server.coordinator_home import CoordinatorHome
 
+    await_superlink(flwr_home, connection, wait_s=wait_s, say=lambda words: click.echo(words, err=True))
     changes = register(CoordinatorHome.default(), flwr_home=flwr_home, connection=connection)
     click.echo(f"registered: {', '.join(changes.registered) or 'nobody new'}")
     click.echo(f"taken off: {', '.join(changes.removed) or 'nobody'}")

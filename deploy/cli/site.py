@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import threading
@@ -22,7 +23,7 @@ from deploy.cli.output import (
     read_input,
     write_output,
 )
-from deploy.cli.site_import import import_command
+from deploy.cli.site_import import import_command, simulate
 from deploy.cli.site_network import add_network_commands
 from deploy.cli.site_operations import add_operations_commands
 from shared.errors import RefusedError, SiteError, UsageError
@@ -72,12 +73,19 @@ def pin(name: str, fingerprint: str) -> None:
 def policy(changes: tuple[str, ...]) -> None:
     """Show this site's policy, or change clauses of it."""
     home = SiteHome.default()
+    if not changes:
+        home.policy()
+        click.echo(home.policy_path.read_text(encoding="utf-8").rstrip())
+        return
+    policy = home.policy()
     for change in changes:
-        save_policy(home.policy().changed(change), home.policy_path)
-    home.policy()
-    click.echo(home.policy_path.read_text(encoding="utf-8").rstrip())
+        policy = policy.changed(change)
+    save_policy(policy, home.policy_path)
+    for line in policy.clauses(re.split("[.=]", change)[0].strip() for change in changes):
+        click.echo(line)
 
 
+command.add_command(simulate)
 command.add_command(import_command)
 
 

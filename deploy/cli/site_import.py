@@ -27,6 +27,29 @@ Progress = Callable[[str, int, int], None]
 SOURCES = ("nifti", "bids", "decathlon", "dicom", "dicomweb", "pacs")
 
 
+@click.command("simulate")
+@click.option("--out", type=PathType, required=True, help="New folder for scans and manifest.csv.")
+@click.option("--patients", type=click.IntRange(3, 1000), default=20, show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), required=True, help="Another one at each hospital.")
+def simulate(out: Path, patients: int, seed: int) -> None:
+    """Write simulated scans of nobody, for a first study with the shipped networks.
+
+    Two conditions, `common` and `rare`, half of the patients each. A plan for them says --simulated.
+    """
+    from client.ingest.phantoms import write_phantom_folder
+    from shared.volumes.phantom import simulate_cohort
+
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out} is there already and not empty", remedy="name a new folder")
+    shares = {"common": 0.5, "rare": 0.5}
+    scans = simulate_cohort(n_patients=patients, conditions_fractions=shares, seed=seed)
+    try:
+        write_phantom_folder(scans, out)
+    except OSError as error:
+        raise UsageError(f"{out} cannot be written: {error.strerror}") from error
+    click.echo(f"{len(scans)} scans of {patients} simulated patients: {out}")
+
+
 @click.command("import")
 @click.option("--plan", "plan_root", type=PathType, required=True, help="Plan package (a directory).")
 @click.option("--nifti", type=PathType, help="Folder of NIfTI scans with manifest.csv, or the manifest.")

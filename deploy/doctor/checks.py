@@ -5,6 +5,7 @@ A check never changes anything and never raises: what cannot be looked at is a f
 
 from __future__ import annotations
 
+import ctypes
 import http.client
 import shutil
 import socket
@@ -26,6 +27,9 @@ WARN_DAYS = 30
 MIN_FREE_BYTES = 5 * 2**30
 CLOCK_AHEAD_S, CLOCK_BEHIND_S = 5.0, 300.0
 """Flower's SuperLink refuses a SuperNode whose clock is further ahead or behind (1.41, node_auth)."""
+
+STA_UNSYNC = 0x40
+"""Of adjtimex(2): the clock is not synchronised."""
 
 CONNECT_TIMEOUT_S = 5.0
 
@@ -65,7 +69,11 @@ def examine(checks: Iterable[tuple[str, Callable[[], Finding]]]) -> list[Finding
             found.append(bad(name, error.message, error.remedy or "see deploy/OPERATING.md"))
         except OSError as error:
             found.append(
-                bad(name, f"cannot be looked at: {error}", "run the doctor as the user of that part")
+                bad(
+                    name,
+                    f"cannot be looked at: {error}",
+                    "run the doctor as root: each part has its user",
+                )
             )
     return found
 
@@ -140,6 +148,41 @@ def clock(offset_s: float) -> Finding:
     if offset_s > CLOCK_AHEAD_S or offset_s < -CLOCK_BEHIND_S:
         return bad("clock", f"{words}; Flower refuses this SuperNode", mend)
     return look("clock", words, mend) if abs(offset_s) > 2 else good("clock", words)
+
+
+class _Timex(ctypes.Structure):
+    """``struct timex`` of adjtimex(2); what follows ``status`` is not read."""
+
+    _fields_ = (
+        ("modes", ctypes.c_uint),
+        ("offset", ctypes.c_long),
+        ("frequency", ctypes.c_long),
+        ("max_error_us", ctypes.c_long),
+        ("estimated_error_us", ctypes.c_long),
+        ("status", ctypes.c_int),
+        ("rest", ctypes.c_char * 256),
+    )
+
+
+def clock_error_s() -> float | None:
+    """How far this machine's clock may be off, as the kernel was told by whoever keeps it (adjtimex(2)).
+
+    None where nobody does: no NTP client, or one that reaches no server. Raises OSError.
+    """
+    now = _Timex()
+    if ctypes.CDLL(None, use_errno=True).adjtimex(ctypes.byref(now)) < 0:
+        raise OSError(ctypes.get_errno(), "adjtimex")
+    return None if now.status & STA_UNSYNC else now.max_error_us / 1e6
+
+
+def synchronised() -> Finding:
+    """Whether somebody keeps this machine's clock. Hospitals' clocks are compared with it."""
+    error_s = clock_error_s()
+    mend = "let this machine keep time: systemd-timesyncd or chrony; Flower refuses a SuperNode 5 s ahead"
+    if error_s is None:
+        return look("clock", "nobody keeps it (the kernel calls it not synchronised)", mend)
+    words = f"synchronised, at most {error_s:.1f} s off"
+    return look("clock", words, mend) if error_s > CLOCK_AHEAD_S else good("clock", words)
 
 
 def gpu(device: str) -> Finding:

@@ -31,6 +31,7 @@ def examine_coordinator(home: CoordinatorHome, parts: CoordinatorParts) -> list[
         [
             ("versions", checks.versions),
             ("key", lambda: good("key", f"{home.key().verify_key.fingerprint[:26]}...")),
+            ("clock", checks.synchronised),
             ("disk", lambda: checks.disk(home.root)),
             ("server certificate", partial(_server, authority.root)),
             ("revocation list", partial(_revocation_list, parts.perimeter / "perimeter" / "crl.pem")),

@@ -1,12 +1,16 @@
 """Load: many sites with a large vector through one real SuperLink and nginx.
 
-    python -m tests.benchmarks.load --sites 5,10,20,50 --parameters 10000000 --out FILE.md
+    python -m tests.benchmarks.load --sites 5,10,20,50 --parameters 10000000
 
 The coordinator's side is real and as its service units start it: nginx with certificates, SuperLink with its
 database, SuperExec, and a ServerApp that runs the product's round driver. One process speaks for all
 hospitals (:mod:`tests.benchmarks.load_nodes`), with real agents, ledgers and protocol; only patients are
 missing. Everything shares this machine's cores, so times are upper bounds; sizes are not affected. The peer
 that figures are divided by is the smallest number of sites in the same run.
+
+Each round's sum is compared with what the sites put in. A row is kept in ``results/load.jsonl`` as soon as it
+is measured, and what is kept is not measured again unless ``--anew`` says so. What the figures mean is in
+``load.md``.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -32,28 +37,36 @@ for folder in (str(TESTS), str(TESTS / "server")):  # as the conftest files do f
         sys.path.insert(0, folder)
 
 from in_memory_consortium import Consortium  # noqa: E402
+from known_workbench import KnownWorkbench  # noqa: E402
 
+from client.site_agent import Workbench  # noqa: E402
 from client.site_network import SiteNetwork  # noqa: E402
 from deploy.flower_run import run_flower  # noqa: E402
 from server.coordinator_home import CoordinatorHome  # noqa: E402
 from server.study_store import StudyStore  # noqa: E402
 from shared.enrolment import open_request  # noqa: E402
+from shared.plan_package import PlanPackage  # noqa: E402
 from tests.benchmarks.load_nodes import NodeFiles, speak_for  # noqa: E402
 from tests.deploy.loopback_services import LoopbackServices, free_port  # noqa: E402
 
 SITES, PARAMETERS, ROUNDS = (5, 10, 20, 50), 10_000_000, 3
 SAMPLE_S = 0.25
 LIMIT_S = 3600.0
+SAY_S = 20.0
+LOSSES = ("run_failed", "attempt_aborted", "sites_dropped", "set_up_failed")
 APP = Path(__file__).parent / "load_app"
+KEPT = Path(__file__).parent / "results" / "load.jsonl"
 MIB = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """One row. ``*_mib`` are peaks over the rounds but the first, traffic is a round's mean at nginx."""
+    """One row. ``*_mib`` are peaks over the rounds but the first; seconds, traffic and requests are a round's
+    mean, traffic that of all sites at nginx, ``written_mib`` what the SuperLink gave the disk to write."""
 
     sites: int
     parameters: int
+    rounds: int
     round_s: float
     hospitals_cpu_s: float
     serverapp_mib: float
@@ -61,6 +74,7 @@ class Load:
     superlink_mib: float
     superlink_cpu_s: float
     storage_mib: float
+    written_mib: float
     nginx_mib: float
     nginx_cpu_s: float
     down_mib: float
@@ -75,11 +89,11 @@ class Peaks:
         self._services, self._done = services, threading.Event()
         self.rss: dict[str, float] = {}
         self.cpu: dict[str, float] = {}
-        self.storage = 0.0
+        self.storage = self.written = 0.0
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def begin(self) -> None:
-        self._before = self._processor()
+        self._before, self._written_before = self._processor(), self._written()
         self._thread.start()
 
     def end(self) -> None:
@@ -87,6 +101,11 @@ class Peaks:
         self._thread.join()
         after = self._processor()
         self.cpu = {name: after[name] - self._before.get(name, 0.0) for name in after}
+        self.written = self._written() - self._written_before
+
+    def _written(self) -> float:
+        """MiB that the SuperLink gave to be written to a disk so far."""
+        return sum(process.io_counters().write_bytes for process in self._processes()["superlink"]) / MIB
 
     def _processes(self) -> dict[str, list[psutil.Process]]:
         found: dict[str, list[psutil.Process]] = {"serverapp": [], "superlink": [], "perimeter": []}
@@ -125,15 +144,31 @@ class Peaks:
             self.storage = max(self.storage, size / MIB)
 
 
-def measure(sites: int, parameters: int, root: Path) -> Load:
-    """A study of three rounds; figures are those of the second and third."""
+class Vectors(Consortium):
+    """Sites without patients: site i has i + 1 in every coordinate."""
+
+    def make_workbench(self, i: int, directory: Path) -> Workbench:
+        return OneNumber(self.package, directory, i)
+
+
+class OneNumber(KnownWorkbench):
+    """Powers of two, as the base class has them, are more than 50 sites' range holds."""
+
+    def __init__(self, package: PlanPackage, directory: Path, position: int) -> None:
+        super().__init__(package, directory, position)
+        self._value = position + 1
+
+
+def measure(sites: int, parameters: int, rounds: int, root: Path) -> Load:
+    """A study of ``rounds`` rounds; figures are those of all but the first."""
     os.environ["LACUNA_COUNTER_DIR"] = str(root / "counters")
-    vectors = type("Vectors", (Consortium,), {"DIMENSION": parameters})
-    consortium: Consortium = vectors(root / "coordinator", n=sites, rounds=ROUNDS)
+    home = CoordinatorHome(root / "coordinator" / "coordinator")
+    home.root.mkdir(mode=0o700, parents=True)
+    vectors = type("Vectors", (Vectors,), {"DIMENSION": parameters})
+    consortium: Consortium = vectors(root / "coordinator", n=sites, rounds=rounds)
     study = consortium.store.root
     consortium.store.close()
     port = free_port()
-    home = CoordinatorHome(root / "coordinator" / "coordinator")
     home.authority.create(address=f"127.0.0.1:{port}")
     files = [_link(home, SiteNetwork(site), root / "links" / site.site_id) for site in consortium.homes]
     services = LoopbackServices(
@@ -147,11 +182,11 @@ def measure(sites: int, parameters: int, root: Path) -> Load:
         config = f"study-home={json.dumps(str(study))}"
         run_flower(services.operator_home, "lacuna", "run", str(APP), "lacuna", "--run-config", config)
         try:
-            _until(study, 1)
+            _until(study, 1, services)
             peaks, requests = Peaks(services), root / "run" / "perimeter" / "prefix" / "access.jsonl"
             before, own = requests.stat().st_size, time.process_time()
             peaks.begin()
-            _until(study, ROUNDS)
+            _until(study, rounds, services)
             peaks.end()
             own = time.process_time() - own
         finally:
@@ -161,17 +196,22 @@ def measure(sites: int, parameters: int, root: Path) -> Load:
             thread.join(60)
     for ledger in consortium.ledgers.values():
         ledger.close()
-    n = ROUNDS - 1
+    refused = sorted({line["status"] for line in lines if line["status"] != 200})
+    if refused:
+        _say(f"nginx answered some requests with {', '.join(map(str, refused))}")
+    n = rounds - 1
     return Load(
         sites=sites,
         parameters=parameters,
-        round_s=_round_seconds(study),
+        rounds=n,
+        round_s=_round_seconds(study, rounds),
         hospitals_cpu_s=own / n,
         serverapp_mib=peaks.rss["serverapp"],
         serverapp_cpu_s=peaks.cpu["serverapp"] / n,
         superlink_mib=peaks.rss["superlink"],
         superlink_cpu_s=peaks.cpu["superlink"] / n,
         storage_mib=peaks.storage,
+        written_mib=peaks.written / n,
         nginx_mib=peaks.rss["perimeter"],
         nginx_cpu_s=peaks.cpu["perimeter"] / n,
         down_mib=sum(line["sent"] for line in lines) / MIB / n,
@@ -195,25 +235,37 @@ def _link(home: CoordinatorHome, network: SiteNetwork, folder: Path) -> NodeFile
     )
 
 
-def _until(study: Path, rounds: int) -> None:
-    deadline, store = time.monotonic() + LIMIT_S, StudyStore(study)
+def _until(study: Path, rounds: int, services: LoopbackServices) -> None:
+    """Wait until so many rounds are made. Raises RuntimeError: the run failed, a site was lost, too late."""
+    deadline, store, said = time.monotonic() + LIMIT_S, StudyStore(study), 0.0
     try:
         while store.completed_rounds() < rounds:
-            failed = [body for _, _, kind, body in store.events() if kind == "run_failed"]
-            if failed or time.monotonic() > deadline:
-                raise RuntimeError(f"round {rounds} was not made: {failed or 'too late'}")
+            events = [(kind, body) for _, _, kind, body in store.events()]
+            if time.monotonic() - said > SAY_S:
+                _say(f"{store.completed_rounds()} rounds; {events[-1][0] if events else 'starting'}")
+                said = time.monotonic()
+            bad = [event for event in events if event[0] in LOSSES]
+            if bad or time.monotonic() > deadline:
+                raise RuntimeError(
+                    f"round {rounds} was not made: {bad or 'too late'}\n"
+                    + services.log("superexec").read_text(errors="replace")[-3000:]
+                )
             time.sleep(0.2)
     finally:
         store.close()
 
 
-def _round_seconds(study: Path) -> float:
+def _say(words: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {words}", file=sys.stderr, flush=True)
+
+
+def _round_seconds(study: Path, rounds: int) -> float:
     store = StudyStore(study)
     try:
         at = [at for _, at, kind, _ in store.events() if kind == "round_completed"]
     finally:
         store.close()
-    return (at[ROUNDS - 1] - at[0]) / (ROUNDS - 1)
+    return (at[rounds - 1] - at[0]) / (rounds - 1)
 
 
 def _size(path: Path) -> int:
@@ -229,6 +281,7 @@ COLUMNS = (
     ("ServerApp, MiB", "serverapp_mib", "{:.0f}"),
     ("SuperLink, MiB", "superlink_mib", "{:.0f}"),
     ("its storage, MiB", "storage_mib", "{:.0f}"),
+    ("written, MiB", "written_mib", "{:.0f}"),
     ("nginx, MiB", "nginx_mib", "{:.0f}"),
     ("down, MiB", "down_mib", "{:.0f}"),
     ("up, MiB", "up_mib", "{:.0f}"),
@@ -243,7 +296,7 @@ COLUMNS = (
 def table(rows: Sequence[Load]) -> str:
     """Markdown: figures a round, and below them the largest number of sites over the smallest."""
     lines = [f"{rows[0].parameters:,} parameters, {4 * rows[0].parameters / MIB:.1f} MiB a vector", ""]
-    lines += ["| " + " | ".join(name for name, _, _ in COLUMNS) + " |", "| " + "---: | " * len(COLUMNS)]
+    lines += ["| " + " | ".join(name for name, _, _ in COLUMNS) + " |", "|" + " ---: |" * len(COLUMNS)]
     lines += [
         "| " + " | ".join(form.format(getattr(row, key)) for _, key, form in COLUMNS) + " |" for row in rows
     ]
@@ -254,31 +307,69 @@ def table(rows: Sequence[Load]) -> str:
     return "\n".join(lines)
 
 
-def run(sites: Sequence[int] = SITES, parameters: int = PARAMETERS) -> str:
+def run(
+    sites: Sequence[int] = SITES,
+    parameters: int = PARAMETERS,
+    rounds: int = ROUNDS,
+    *,
+    kept: Path = KEPT,
+    anew: bool = False,
+) -> str:
     """Each number of sites in a process of its own, so that memory of one is not the next one's."""
     rows = []
     for count in sites:
-        words = [sys.executable, "-m", "tests.benchmarks.load", "--one", str(count)]
-        done = subprocess.run(
-            [*words, "--parameters", str(parameters)], stdout=subprocess.PIPE, text=True, check=True
-        )
-        rows.append(Load(**json.loads(done.stdout.splitlines()[-1])))
+        row = None if anew else _kept(kept, count, parameters)
+        if row is None:
+            row = Load(**json.loads(_measured_apart(count, parameters, rounds)))
+            kept.parent.mkdir(exist_ok=True)
+            with kept.open("a") as lines:
+                lines.write(json.dumps(asdict(row)) + "\n")
+        rows.append(row)
         print(table(rows), file=sys.stderr, flush=True)
     return table(rows)
+
+
+def _measured_apart(count: int, parameters: int, rounds: int) -> str:
+    words = [sys.executable, "-m", "tests.benchmarks.load", "--one", str(count)]
+    words += ["--parameters", str(parameters), "--rounds", str(rounds)]
+    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
+    return done.stdout.splitlines()[-1]
+
+
+def _kept(kept: Path, sites: int, parameters: int) -> Load | None:
+    """The latest row of an earlier run."""
+    lines = kept.read_text().splitlines() if kept.exists() else []
+    rows = [Load(**json.loads(line)) for line in lines]
+    return next((row for row in reversed(rows) if (row.sites, row.parameters) == (sites, parameters)), None)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--sites", default=",".join(map(str, SITES)))
     parser.add_argument("--parameters", type=int, default=PARAMETERS)
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="the first is not measured; at least 2")
+    parser.add_argument("--anew", action="store_true", help="measure again what is kept")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path)
     chosen = parser.parse_args()
+    if chosen.rounds < 2:
+        parser.error("--rounds must be at least 2")
     if chosen.one is not None:
         with tempfile.TemporaryDirectory(prefix="lacuna-load-") as folder:
-            print(json.dumps(asdict(measure(chosen.one, chosen.parameters, Path(folder)))), flush=True)
+            try:
+                row = measure(chosen.one, chosen.parameters, chosen.rounds, Path(folder))
+            except BaseException:
+                shutil.copytree(Path(folder) / "logs", KEPT.parent / "load-failed", dirs_exist_ok=True)
+                _say(f"what the services said: {KEPT.parent / 'load-failed'}")
+                raise
+        print(json.dumps(asdict(row)), flush=True)
         return
-    found = run([int(word) for word in chosen.sites.split(",")], chosen.parameters)
+    found = run(
+        [int(word) for word in chosen.sites.split(",")],
+        chosen.parameters,
+        chosen.rounds,
+        anew=chosen.anew,
+    )
     print(found)
     if chosen.out is not None:
         chosen.out.write_text(found + "\n")

@@ -1,13 +1,16 @@
 """One process that speaks for many SuperNodes and hospitals: Flower's Fleet API outside, real agents inside.
 
-Each node has its own key, certificate and connection to the coordinator's perimeter, polls as a SuperNode
-does, and hands what comes to its site's agent (:class:`client.site_agent.SiteAgent`), whose arithmetic is a
-known vector. Only ``AT_ONCE`` nodes move or compute a message at the same time: they share two cores.
+Each node has its own key, certificate and connection to the coordinator's perimeter, polls and tries again as
+a SuperNode behind its own perimeter does, and hands what comes to its site's agent
+(:class:`client.site_agent.SiteAgent`), whose arithmetic is a known vector. Only ``AT_ONCE`` nodes move or
+compute a message at the same time: they share two cores, and their vectors are never in memory together.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ssl
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -41,12 +44,17 @@ from flwr.supercore.inflatable.inflatable_protobuf_utils import (
     make_push_object_fn_protobuf,
 )
 from flwr.supercore.inflatable.inflatable_utils import (
+    ObjectPullError,
+    ObjectPushError,
     inflate_object_from_contents,
     pull_objects,
     push_objects,
 )
 from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supercore.protobuf.client import ProtobufRequestContext
+from flwr.supercore.retry import make_simple_http_retry_invoker
+from flwr.supercore.run import RunNotRunningException
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
@@ -69,6 +77,16 @@ class NodeFiles:
     node_key: ec.EllipticCurvePrivateKey
 
 
+class PerimeterClient(FleetHttpClient):
+    """Sees what a SuperNode sees behind its site's perimeter, where 429 and 500 become 503 (try again)."""
+
+    def _send(self, context: ProtobufRequestContext) -> httpx.Response:
+        answer = super()._send(context)
+        if answer.status_code in (429, 500):
+            answer.status_code = 503
+        return answer
+
+
 class SiteNode:
     """A SuperNode and the agent behind it."""
 
@@ -82,35 +100,41 @@ class SiteNode:
         tls = ssl.create_default_context(cafile=str(files.authority))
         tls.load_cert_chain(files.certificate, files.key)
         public = files.node_key.public_key()
-        self._client = FleetHttpClient(
-            f"https://{address}",
-            verify=tls,
-            timeout=300.0,
-            interceptors=[
-                RuntimeVersionHttpInterceptor(component_name="SuperNode"),
-                NodeAuthHttpInterceptor(files.node_key, public),
-            ],
+        self._client, self._heart = (
+            PerimeterClient(
+                f"https://{address}",
+                verify=tls,
+                interceptors=[
+                    RuntimeVersionHttpInterceptor(component_name="SuperNode"),
+                    NodeAuthHttpInterceptor(files.node_key, public),
+                ],
+                retry_invoker=make_simple_http_retry_invoker(),
+            )
+            for _ in range(2)
         )
         self._public, self._handle, self._turns = public_key_to_bytes(public), handle, turns
 
     def serve(self, ended: threading.Event) -> None:
-        """Until told; an answer that the SuperLink does not give is asked for again."""
+        """Until told, with its heart in a thread of its own."""
         answer = self._client.ActivateNode(
             ActivateNodeRequest(public_key=self._public, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
         )
-        node, beat = Node(node_id=answer.node_id), 0.0
+        node = Node(node_id=answer.node_id)
+        threading.Thread(target=self._beat, args=(node, ended), daemon=True).start()
         while not ended.is_set():
             try:
-                if time.monotonic() - beat > HEARTBEAT_S:
-                    self._client.SendNodeHeartbeat(
-                        SendNodeHeartbeatRequest(node=node, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
-                    )
-                    beat = time.monotonic()
                 if not self._one_message(node):
                     ended.wait(POLL_S)
-            except httpx.HTTPError as error:
-                print(f"node {node.node_id}: {error!r}", flush=True)
+            except (httpx.HTTPError, ObjectPushError, ObjectPullError, RunNotRunningException) as error:
+                if not ended.is_set():
+                    print(f"node {node.node_id}: {error!r}", file=sys.stderr, flush=True)
                 ended.wait(POLL_S)
+
+    def _beat(self, node: Node, ended: threading.Event) -> None:
+        request = SendNodeHeartbeatRequest(node=node, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
+        while not ended.wait(HEARTBEAT_S):
+            with contextlib.suppress(httpx.HTTPError, RunNotRunningException):
+                self._heart.SendNodeHeartbeat(request)
 
     def _one_message(self, node: Node) -> bool:
         pulled = self._client.PullMessages(PullMessagesRequest(node=node))

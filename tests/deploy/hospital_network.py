@@ -309,7 +309,8 @@ class HospitalNetwork:
         )  # fmt: skip
         own = self.folder / "superlink"
         self.start("superlink", self.coordinator, SUPERLINK, [
-            str(BIN / "flower-superlink"), "--host", "127.0.0.1", "--port", str(SUPERLINK_PORT),
+            str(BIN / "python"), "-m", "deploy.superlink",
+            "--host", "127.0.0.1", "--port", str(SUPERLINK_PORT),
             "--ssl-ca-certfile", str(own / "ca.pem"), "--ssl-certfile", str(own / "superlink.pem"),
             "--ssl-keyfile", str(own / "superlink.key"), "--enable-supernode-auth", "--isolation", "process",
             "--superexec-auth-secret-file", str(own / "superexec.secret"),

@@ -294,7 +294,8 @@ class LoopbackServices:
         self.write_coordinator_perimeter()
         own, driver = self.folder / "superlink", self.folder / "superexec"
         self._define("superlink", [
-            str(BIN / "flower-superlink"), "--host", "127.0.0.1", "--port", str(self.superlink_port),
+            str(BIN / "python"), "-m", "deploy.superlink",
+            "--host", "127.0.0.1", "--port", str(self.superlink_port),
             "--ssl-ca-certfile", str(own / "ca.pem"), "--ssl-certfile", str(own / "superlink.pem"),
             "--ssl-keyfile", str(own / "superlink.key"), "--enable-supernode-auth", "--isolation", "process",
             "--superexec-auth-secret-file", str(own / "superexec.secret"),

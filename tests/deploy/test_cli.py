@@ -173,7 +173,8 @@ def test_the_way_of_a_hospitals_keys(run: Any, tmp_path: Path, monkeypatch: pyte
     assert run("site", "request", "--out", "north.json").code == 0
     assert run("site", "pin", "south", "SHA256:nonsense").code == ExitCode.SITE_MUST_ACT
     assert run("site", "pin", "south", FINGERPRINT).code == 0
-    assert "max_epsilon = 3" in run("site", "policy", "--set", "max_epsilon=3").out
+    assert run("site", "policy", "--set", "max_epsilon=3").out == "max_epsilon = 3.0\n"
+    assert "max_epsilon = 3" in run("site", "policy").out
     assert run("site", "policy", "--set", "max_epsilonn=3").code == ExitCode.SITE_MUST_ACT
     assert FINGERPRINT in run("site", "policy").out
     budget = json.loads(run("site", "budget", "--json").out)
@@ -227,6 +228,18 @@ def test_a_plan_that_breaks_the_policy_is_refused_and_not_kept(run: Any, tmp_pat
         assert clause in result.err
     assert run("site", "serve", package.plan.study_id).code == ExitCode.SITE_MUST_ACT
     assert not (tmp_path / "home" / "site" / package.plan.study_id / "plan").exists()
+
+
+def test_simulated_scans_are_written_to_a_new_folder_and_can_be_imported(run: Any, tmp_path: Path) -> None:
+    init_site(SiteHome(tmp_path / "home" / "site"), name="site-0")
+    folder, plan = str(tmp_path / "scans"), str(write_small_package(tmp_path / "package").root)
+    made = run("site", "simulate", "--out", folder, "--patients", "4", "--seed", "3")
+    assert made.code == 0, made.err
+    assert "of 4 simulated patients" in made.out
+    assert run("site", "simulate", "--out", folder, "--seed", "4").code == ExitCode.USAGE
+    imported = run("site", "import", "--plan", plan, "--nifti", folder, "--json")
+    assert imported.code == 0, imported.err
+    assert len(json.loads(imported.out)["imported"]) >= 4
 
 
 def test_a_plan_within_the_policy_is_approved_once_and_copied_whole(run: Any, tmp_path: Path) -> None:

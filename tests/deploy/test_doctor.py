@@ -104,6 +104,29 @@ def test_a_clock_that_flower_refuses_is_bad(offset_s: float, state: str) -> None
     assert checks.clock(offset_s).state == state
 
 
+@pytest.mark.parametrize(
+    ("error_s", "state", "words"),
+    [
+        (0.02, "good", "at most 0.0 s off"),
+        (9.0, "look", "at most 9.0 s off"),
+        (None, "look", "nobody keeps it"),
+    ],
+)
+def test_a_coordinators_clock_that_nobody_keeps_is_named(
+    error_s: float | None, state: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks, "clock_error_s", lambda: error_s)
+    finding = checks.synchronised()
+    assert (finding.state, words in finding.found) == (state, True)
+    assert ("chrony" in finding.mend) == (state != "good")
+
+
+def test_the_kernel_is_asked_about_the_clock() -> None:
+    """An error in seconds, or None: which of them is this machine's business."""
+    error_s = checks.clock_error_s()
+    assert error_s is None or 0 <= error_s < 16
+
+
 @pytest.mark.parametrize(("days", "state"), [(200, "good"), (10, "look"), (-1, "bad")])
 def test_certificates_are_warned_of_before_they_end(days: int, state: str) -> None:
     now = datetime.now(UTC)
@@ -119,6 +142,7 @@ def test_a_coordinators_doctor_sees_a_perimeter_that_is_out_of_date(
     seen = found(examine_coordinator(pair.home, parts))
     bad = {name: finding.found for name, finding in seen.items() if finding.state == "bad"}
     assert set(bad) <= {"disk"}
+    assert "clock" in seen
     assert seen["perimeter"].state == seen["SuperLink"].state == "good"
     monkeypatch.setattr(checks, "WARN_DAYS", 500)
     pair.enrol("late")

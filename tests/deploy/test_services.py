@@ -115,6 +115,23 @@ def test_who_is_foreign_sees_neither_data_nor_keys_and_comes_back_when_flower_ta
     assert {"2", "40"} <= set(agent["RestartPreventExitStatus"][0].split())
 
 
+@pytest.mark.parametrize("side", ["site", "coordinator"])
+def test_systemd_makes_every_user_that_the_units_name(side: str, tmp_path: Path) -> None:
+    program = find_program("systemd-sysusers", "systemd")
+    source = DEPLOY / "systemd" / f"lacuna-{side}.sysusers"
+    (tmp_path / "etc").mkdir()
+    done = subprocess.run(
+        [program, f"--root={tmp_path}", "--replace=/usr/lib/sysusers.d/lacuna.conf", str(source)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert "not a valid" not in done.stderr, done.stderr
+    made = {line.split(":")[0] for line in (tmp_path / "etc" / "passwd").read_text().splitlines()}
+    wanted = set(re.findall(r"^u (\S+)", source.read_text(), flags=re.M))
+    coordinators = {"lacuna-superlink", "lacuna-superexec", "lacuna-coordinator-perimeter"}
+    units = [unit for unit in UNITS if (unit.stem in coordinators) == (side == "coordinator")]
+    assert {settings(unit)["User"][0] for unit in units} <= wanted <= made
+
+
 def compose(name: str, tmp_path: Path) -> dict[str, Any]:
     program = find_program("docker-compose", "docker-compose")
     for part in ("supernode", "courier", "superlink", "superexec"):
