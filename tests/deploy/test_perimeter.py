@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import grp
+import os
+import pwd
 import socket
 import ssl
 import subprocess
@@ -380,6 +383,34 @@ def test_a_supernode_is_told_to_try_again_where_flower_would_give_up(
     refused[504] = refused[502]
     assert body.get("refused") == refused.get(status)
     assert status in refused or body["path"] == PULL
+
+
+def test_logs_are_rotated_and_nginx_writes_on_in_the_new_file(
+    pair: PerimeterPair, north: Site, tmp_path: Path
+) -> None:
+    """The rules as they are installed, with this test's folder and user in the place of the perimeter's."""
+    logrotate = find_program("logrotate", "logrotate")
+    source = Path(__file__).parents[2] / "deploy" / "nginx" / "lacuna-perimeter.logrotate"
+    user, group = pwd.getpwuid(os.getuid()).pw_name, grp.getgrgid(os.getgid()).gr_name
+    rules = source.read_text().replace("/var/lib/lacuna-perimeter/", f"{pair.nginx.prefix}/")
+    rules = rules.replace("lacuna-perimeter lacuna-perimeter", f"{user} {group}")
+    (tmp_path / "rules").write_text(rules)
+    (tmp_path / "rules").chmod(0o644)
+    log = pair.nginx.prefix / "access.jsonl"
+    ask(pair.port, context_of(north), PULL, headers=north.headers)
+    before = len(pair.nginx.requests())
+    subprocess.run(
+        [logrotate, "--force", "--state", str(tmp_path / "state"), str(tmp_path / "rules")],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 20
+    while not log.exists() or not log.stat().st_size:
+        assert time.monotonic() < deadline, "nginx did not open its log anew"
+        ask(pair.port, context_of(north), PULL, headers=north.headers)
+        time.sleep(0.1)
+    rotated = (pair.nginx.prefix / "access.jsonl.1").read_text().splitlines()
+    assert len(rotated) >= before
+    assert pair.nginx.requests()[-1]["site"] == "north"
 
 
 def test_the_port_rules_parse(pair: PerimeterPair) -> None:

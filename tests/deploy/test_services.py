@@ -190,9 +190,15 @@ def test_images_run_as_nobody_from_the_pinned_versions() -> None:
     assert set(final) == {"agent", "courier", "coordinator", "perimeter"}
     for name, stage in final.items():
         assert re.search(r"^USER 610\d\d:610\d\d$", stage, flags=re.M), name
+    outside = [stage.split()[0] for stage in stages if stage.split()[0] not in _stage_names(stages)]
+    assert set(outside) == {"${PYTHON}", "${DEBIAN}"}, "a base image that a digest cannot be given for"
     installs = re.findall(r"pip install.*", text)
     assert len(installs) == 3
     assert all("--constraint constraints.txt" in line for line in installs)
+
+
+def _stage_names(stages: list[str]) -> set[str]:
+    return {stage.split()[2] for stage in stages if stage.split()[1] == "AS"}
 
 
 @pytest.mark.slow
