@@ -28,6 +28,8 @@ from shared.node_keys import node_key_header
 SUPERLINK_PORT = 23900
 PORT_USERS = ("lacuna-perimeter", "lacuna-coordinator", "lacuna-superlink", "root")
 LOOPBACK_DAYS = 730
+OWN_POLLS_A_MINUTE, FEWEST_POLLS_A_MINUTE = 20, 6
+"""A SuperNode asks every 3 s; it gives a request up after 30 s."""
 RENEW_BEFORE = timedelta(days=60)
 
 ROUTES = (
@@ -48,8 +50,14 @@ Arrays travel in objects of 5 MiB. ``register-node`` and ``unregister-node`` are
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Bounds at the perimeters. A SuperNode polls every 3 s and moves objects one after another."""
+    """Bounds at the perimeters. A SuperNode polls every 3 s and moves objects two at a time.
 
+    ``polls_per_s`` is what all sites together may ask whether there is a message for them: each look costs
+    the SuperLink about 20 ms of its one process, message or not (``tests/benchmarks/load.md``). From 25 sites
+    on polls wait their turn in nginx.
+    """
+
+    polls_per_s: float = 8.0
     requests_per_s: int = 50
     burst: int = 200
     connections: int = 16
@@ -106,6 +114,7 @@ def write_coordinator_perimeter(
             "listen": listen or port,
             "superlink": f"127.0.0.1:{superlink_port}",
             "limits": limits or Limits(),
+            "polls_a_minute": _polls_a_minute(len({line.site_id for line in good}), limits or Limits()),
             "routes": ROUTES,
         }
         _render("coordinator.conf.j2", parts["perimeter"] / "nginx.conf", values)
@@ -121,6 +130,12 @@ def write_coordinator_perimeter(
     except OSError as error:
         raise UsageError(f"{out} cannot be written: {error.strerror}") from error
     return tuple(sorted({line.site_id for line in good}))
+
+
+def _polls_a_minute(sites: int, limits: Limits) -> int | None:
+    """Of each site; None where a SuperNode's own pace, 20 a minute, is slow enough."""
+    share = int(60 * limits.polls_per_s / max(sites, 1))
+    return None if share >= OWN_POLLS_A_MINUTE else max(share, FEWEST_POLLS_A_MINUTE)
 
 
 def write_site_perimeter(

@@ -63,7 +63,7 @@ from shared.wire import Envelope
 
 POLL_S = 3.0
 """As ``flwr.supernode.start_client_internal``."""
-HEARTBEAT_S = 15.0
+HEARTBEAT_S = 20.0
 AT_ONCE = 4
 
 

@@ -170,13 +170,13 @@ class PerimeterPair:
         self.nginx.start(self.port)
         self._sites: list[Nginx] = []
 
-    def write(self) -> tuple[str, ...]:
+    def write(self, *, limits: Limits | None = None) -> tuple[str, ...]:
         return write_coordinator_perimeter(
             self.home,
             self.folder,
             listen=f"127.0.0.1:{self.port}",
             superlink_port=self.superlink.port,
-            limits=self._limits,
+            limits=limits or self._limits,
         )
 
     def enrol(self, name: str) -> Site:

@@ -23,8 +23,6 @@ from fresh_machine import REPOSITORY, FreshMachine, MachineNetwork
 from hospital_network import unmet
 from perimeter_pair import find_program
 
-pytestmark = [pytest.mark.slow, pytest.mark.flower, pytest.mark.timeout(7200)]
-
 PAGE = REPOSITORY / "deploy" / "OPERATING.md"
 HOSPITALS = ("hospital-a", "hospital-b", "hospital-c")
 WALK = (
@@ -163,6 +161,9 @@ def test_every_step_of_the_page_is_walked_in_its_order() -> None:
         assert own == sorted(own), "nobody goes back in the page"
 
 
+@pytest.mark.slow
+@pytest.mark.flower
+@pytest.mark.timeout(7200)
 def test_from_nothing_to_a_released_bundle(tmp_path: Path) -> None:
     if reason := unmet():
         pytest.skip(reason)

@@ -270,6 +270,27 @@ def test_a_flood_is_slowed_and_other_sites_are_served_meanwhile(
         assert ask(pair.port, context_of(south), PULL, headers=south.headers)[0] == 200
 
 
+def test_many_sites_polls_wait_their_turn_and_nothing_else_does(
+    pair: PerimeterPair, north: Site, south: Site
+) -> None:
+    """As from 25 sites on: here a share of polls is given that makes each site's turn come every 5 s."""
+    few = Limits(polls_per_s=0.4)
+    assert "zone=polls" not in (pair.folder / "perimeter" / "nginx.conf").read_text()
+    pair.write(limits=few)
+    pair.nginx.reload()
+    try:
+        for site in (north, south):
+            ask(pair.port, context_of(site), PULL, headers=site.headers)
+        began = time.monotonic()
+        assert ask(pair.port, context_of(north), "/v1/fleet/push-object", headers=north.headers)[0] == 200
+        others_s = time.monotonic() - began
+        assert ask(pair.port, context_of(north), PULL, headers=north.headers)[0] == 200
+        assert time.monotonic() - began > 3 > others_s
+    finally:
+        pair.write()
+        pair.nginx.reload()
+
+
 def test_a_revoked_site_is_out_after_a_reload_on_open_links_too(pair: PerimeterPair, tmp_path: Path) -> None:
     west = pair.enrol("west")
     pair.write()
