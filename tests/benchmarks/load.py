@@ -24,12 +24,16 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
 from cryptography.hazmat.primitives import serialization
+from flwr.cli.flower_config import read_superlink_connection
+from flwr.cli.utils import init_http_client_from_connection
+from flwr.proto.control_pb2 import RegisterNodeRequest
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 TESTS = Path(__file__).resolve().parents[1]
 for folder in (str(TESTS), str(TESTS / "server")):  # as the conftest files do for tests
@@ -61,7 +65,7 @@ MIB = 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """One row. ``*_mib`` are peaks over the rounds but the first; seconds, traffic and requests are a round's
+    """One row. ``*_mib`` are peaks over its ``rounds``; seconds, traffic and requests are a round's
     mean, traffic that of all sites at nginx, ``written_mib`` what the SuperLink gave the disk to write."""
 
     sites: int
@@ -159,8 +163,21 @@ class OneNumber(KnownWorkbench):
         self._value = position + 1
 
 
-def measure(sites: int, parameters: int, rounds: int, root: Path) -> Load:
-    """A study of ``rounds`` rounds; figures are those of all but the first."""
+class ManyNodes(LoopbackServices):
+    """Registers its nodes over one connection: `flwr` starts a process for each."""
+
+    keys: Sequence[bytes] = ()
+
+    def register(self) -> None:
+        os.environ["FLWR_HOME"] = str(self.operator_home)
+        client = init_http_client_from_connection(read_superlink_connection("lacuna"))
+        for key in self.keys:
+            client.RegisterNode(RegisterNodeRequest(public_key=key))
+        client.close()
+
+
+def measure(sites: int, parameters: int, rounds: int, root: Path) -> Iterator[Load]:
+    """A row of the first round, and, where there are more, one of all but the first."""
     os.environ["LACUNA_COUNTER_DIR"] = str(root / "counters")
     home = CoordinatorHome(root / "coordinator" / "coordinator")
     home.root.mkdir(mode=0o700, parents=True)
@@ -171,9 +188,10 @@ def measure(sites: int, parameters: int, rounds: int, root: Path) -> Load:
     port = free_port()
     home.authority.create(address=f"127.0.0.1:{port}")
     files = [_link(home, SiteNetwork(site), root / "links" / site.site_id) for site in consortium.homes]
-    services = LoopbackServices(
+    services = ManyNodes(
         root, (), agent=lambda *_: [], environment=lambda _: {}, sockets=root, port=port, seed=1
     )
+    services.keys = [public_key_to_bytes(file.node_key.public_key()) for file in files]
     ended = threading.Event()
     with services:
         agents = [consortium.transport._agents[i] for i in range(sites)]
@@ -182,29 +200,36 @@ def measure(sites: int, parameters: int, rounds: int, root: Path) -> Load:
         config = f"study-home={json.dumps(str(study))}"
         run_flower(services.operator_home, "lacuna", "run", str(APP), "lacuna", "--run-config", config)
         try:
-            _until(study, 1, services)
-            peaks, requests = Peaks(services), root / "run" / "perimeter" / "prefix" / "access.jsonl"
-            before, own = requests.stat().st_size, time.process_time()
-            peaks.begin()
-            _until(study, rounds, services)
-            peaks.end()
-            own = time.process_time() - own
+            _until(study, 0, services)
+            yield _row(sites, parameters, study, services, (0, 1))
+            if rounds > 1:
+                yield _row(sites, parameters, study, services, (1, rounds))
         finally:
             ended.set()
-        lines = [json.loads(line) for line in requests.read_bytes()[before:].splitlines() if line]
         for thread in threads:
             thread.join(60)
     for ledger in consortium.ledgers.values():
         ledger.close()
+
+
+def _row(sites: int, parameters: int, study: Path, services: LoopbackServices, span: tuple[int, int]) -> Load:
+    """Watch from the end of one round (0: the beginning of the first) to that of another."""
+    peaks, requests = Peaks(services), services.out / "run" / "perimeter" / "prefix" / "access.jsonl"
+    before, own = requests.stat().st_size, time.process_time()
+    peaks.begin()
+    _until(study, span[1], services)
+    peaks.end()
+    own = time.process_time() - own
+    lines = [json.loads(line) for line in requests.read_bytes()[before:].splitlines() if line]
     refused = sorted({line["status"] for line in lines if line["status"] != 200})
     if refused:
         _say(f"nginx answered some requests with {', '.join(map(str, refused))}")
-    n = rounds - 1
+    n = span[1] - span[0]
     return Load(
         sites=sites,
         parameters=parameters,
         rounds=n,
-        round_s=_round_seconds(study, rounds),
+        round_s=_round_seconds(study, span),
         hospitals_cpu_s=own / n,
         serverapp_mib=peaks.rss["serverapp"],
         serverapp_cpu_s=peaks.cpu["serverapp"] / n,
@@ -236,11 +261,18 @@ def _link(home: CoordinatorHome, network: SiteNetwork, folder: Path) -> NodeFile
 
 
 def _until(study: Path, rounds: int, services: LoopbackServices) -> None:
-    """Wait until so many rounds are made. Raises RuntimeError: the run failed, a site was lost, too late."""
+    """Wait until so many rounds are made (0: until the first has begun).
+
+    Raises:
+        RuntimeError: the run failed, a site was lost, or it is too late.
+    """
     deadline, store, said = time.monotonic() + LIMIT_S, StudyStore(study), 0.0
     try:
-        while store.completed_rounds() < rounds:
+        while True:
             events = [(kind, body) for _, _, kind, body in store.events()]
+            begun = any(kind == "attempt_opened" for kind, _ in events)
+            if begun and store.completed_rounds() >= rounds:
+                return
             if time.monotonic() - said > SAY_S:
                 _say(f"{store.completed_rounds()} rounds; {events[-1][0] if events else 'starting'}")
                 said = time.monotonic()
@@ -259,13 +291,15 @@ def _say(words: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {words}", file=sys.stderr, flush=True)
 
 
-def _round_seconds(study: Path, rounds: int) -> float:
+def _round_seconds(study: Path, span: tuple[int, int]) -> float:
     store = StudyStore(study)
     try:
-        at = [at for _, at, kind, _ in store.events() if kind == "round_completed"]
+        events = list(store.events())
     finally:
         store.close()
-    return (at[rounds - 1] - at[0]) / (rounds - 1)
+    ends = [at for _, at, kind, _ in events if kind == "round_completed"]
+    begin = next(at for _, at, kind, _ in events if kind == "attempt_opened")
+    return ([begin, *ends][span[1]] - [begin, *ends][span[0]]) / (span[1] - span[0])
 
 
 def _size(path: Path) -> int:
@@ -320,20 +354,29 @@ def run(
     for count in sites:
         row = None if anew else _kept(kept, count, parameters)
         if row is None:
-            row = Load(**json.loads(_measured_apart(count, parameters, rounds)))
-            kept.parent.mkdir(exist_ok=True)
-            with kept.open("a") as lines:
-                lines.write(json.dumps(asdict(row)) + "\n")
+            row = _measured_apart(count, parameters, rounds, kept)
         rows.append(row)
         print(table(rows), file=sys.stderr, flush=True)
     return table(rows)
 
 
-def _measured_apart(count: int, parameters: int, rounds: int) -> str:
+def _measured_apart(count: int, parameters: int, rounds: int, kept: Path) -> Load:
+    """The last row that the child prints; each is kept as it comes."""
     words = [sys.executable, "-m", "tests.benchmarks.load", "--one", str(count)]
     words += ["--parameters", str(parameters), "--rounds", str(rounds)]
-    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
-    return done.stdout.splitlines()[-1]
+    kept.parent.mkdir(exist_ok=True)
+    row: Load | None = None
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        for line in child.stdout:
+            if not line.startswith("{"):
+                continue  # words of Flower's
+            row = Load(**json.loads(line))
+            with kept.open("a") as lines:
+                lines.write(line)
+    if child.returncode != 0 or row is None:
+        raise RuntimeError(f"{count} sites were not measured to the end")
+    return row
 
 
 def _kept(kept: Path, sites: int, parameters: int) -> Load | None:
@@ -347,22 +390,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--sites", default=",".join(map(str, SITES)))
     parser.add_argument("--parameters", type=int, default=PARAMETERS)
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="the first is not measured; at least 2")
+    parser.add_argument(
+        "--rounds", type=int, default=ROUNDS, help="figures are those of all but the first, if there are more"
+    )
     parser.add_argument("--anew", action="store_true", help="measure again what is kept")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path)
     chosen = parser.parse_args()
-    if chosen.rounds < 2:
-        parser.error("--rounds must be at least 2")
     if chosen.one is not None:
         with tempfile.TemporaryDirectory(prefix="lacuna-load-") as folder:
             try:
-                row = measure(chosen.one, chosen.parameters, chosen.rounds, Path(folder))
+                for row in measure(chosen.one, chosen.parameters, chosen.rounds, Path(folder)):
+                    print(json.dumps(asdict(row)), flush=True)
             except BaseException:
                 shutil.copytree(Path(folder) / "logs", KEPT.parent / "load-failed", dirs_exist_ok=True)
                 _say(f"what the services said: {KEPT.parent / 'load-failed'}")
                 raise
-        print(json.dumps(asdict(row)), flush=True)
         return
     found = run(
         [int(word) for word in chosen.sites.split(",")],
