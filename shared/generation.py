@@ -146,6 +146,7 @@ class GenerationReport:
         present: How many were there already.
         rejected: (index, faults) of every sample that was implausible and is not there.
         checked: Whether the bundle has ranges to check against.
+        segmented: Whether masks were also held against the bundle's own segmenter.
         contact_sheet: The picture of the first of them.
         surfaces: The picture of their masks' surfaces.
     """
@@ -155,6 +156,7 @@ class GenerationReport:
     present: int
     rejected: tuple[tuple[int, tuple[Fault, ...]], ...]
     checked: bool
+    segmented: bool
     contact_sheet: Path
     surfaces: Path
 
@@ -454,6 +456,7 @@ class _Run:
             present=len(pairs) - self._written,
             rejected=tuple(self._rejected),
             checked=self._ranges is not None,
+            segmented=self._segmenter is not None,
             contact_sheet=sheet,
             surfaces=surfaces,
         )

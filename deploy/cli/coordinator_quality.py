@@ -93,6 +93,10 @@ def evaluate(
         rows.append([name, "MS-SSIM of two scans", f"{alike.synthetic:.3f}", interval, real])
     columns = ("condition", "figure", "synthetic", "95% interval", "real against real")
     print_table(f"{quality.study_id}: synthetic against public scans", columns, rows)
+    n_patients = len({volume.patient_id for volume in scans.held_out})
+    click.echo(f"{len(scans.held_out)} public scans of {n_patients} patients. {scans.description}.")
+    if not quality.verified:
+        click.echo("the bundle does NOT pass lacuna compliance verify, which says why", err=True)
     copies = "no verified verdict" if quality.copies is None else quality.copies.text
     click.echo(f"copies, as released: {copies}")
     if report is not None:

@@ -62,7 +62,9 @@ def command(
     """Write image and mask pairs (NIfTI, or DICOM series with segmentations), marked as synthetic.
 
     Each has a sidecar; a contact sheet and a picture of the masks' surfaces show the first of them. Samples
-    outside the bundle's ranges of plausibility are counted and replaced.
+    outside the bundle's ranges of plausibility are counted and replaced. Where the bundle has a segmenter
+    (lacuna coordinator pretrain --segmenter-steps), so are samples whose mask is not what it finds in the
+    image.
 
     BUNDLE is a release bundle. Check it first: lacuna compliance verify BUNDLE.
     """
@@ -91,7 +93,9 @@ def command(
     click.echo(f"{report.written} written, {report.present} there before, in {out}")
     if not report.checked:
         click.echo("NOT checked for plausibility: the bundle carries no ranges", err=True)
-    elif report.rejected:
+    elif not report.segmented:
+        click.echo("masks are not held against the images: the bundle has no segmenter")
+    if report.rejected:
         why = ", ".join(f"{figure} ({times})" for figure, times in report.common_faults())
         click.echo(f"{len(report.rejected)} implausible and left out: {why}")
     click.echo(f"contact sheet: {report.contact_sheet}")

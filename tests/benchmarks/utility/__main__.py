@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 from tests.benchmarks.utility import plan
-from tests.benchmarks.utility.settings import Job
 
 HERE = Path(__file__).parent
 GRACE_S = 20.0
@@ -21,8 +22,9 @@ def main() -> None:
     options = _options()
     options.cache.mkdir(parents=True, exist_ok=True)
     if options.key:
-        _one(options)
+        _compute(options)
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     until = time.monotonic() + options.minutes * 60
     for stage in plan.STAGES[options.jobs]:
         jobs = [job for job in stage(options.cache) if not (options.cache / f"{job.key}.json").exists()]
@@ -32,10 +34,12 @@ def main() -> None:
         _run([job.key for job in jobs], options, until, threads=options.threads)
         left = [job.key for job in jobs if not (options.cache / f"{job.key}.json").exists()]
         print(f"{stage.__name__}: {len(jobs) - len(left)} jobs done, {len(left)} left", flush=True)
-    if options.jobs == "all":
-        from tests.benchmarks.utility.report import write_report
+        if options.jobs != "toy":
+            from tests.benchmarks.utility.report import write_report
 
-        print(write_report(options.cache, options.report))
+            write_report(options.cache, options.report, run=options.jobs)
+    if options.jobs != "toy":
+        print((options.report / "tables.md").read_text())
     print(f"figures: {options.cache}", flush=True)
 
 
@@ -46,67 +50,79 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=1e6, help="Start no job after this.")
     parser.add_argument("--public-threads", type=int, default=1, help="While public networks train.")
-    parser.add_argument("--jobs", default="all", choices=sorted(plan.STAGES))
+    parser.add_argument("--jobs", default="two_cores", choices=sorted(plan.STAGES))
     parser.add_argument("--report", type=Path, default=HERE, help="Where tables and curves go.")
     parser.add_argument("--cache", type=Path, default=HERE.parent / "results" / "utility")
     parser.add_argument(
         "--data", type=Path, default=Path(os.environ.get("LACUNA_DATA", HERE.parents[3] / "shared" / "data"))
     )
-    parser.add_argument("--key", help=argparse.SUPPRESS)
+    parser.add_argument("--key", action="append", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def _run(keys: list[str], options: argparse.Namespace, until: float, *, threads: int) -> None:
-    """Each in a process of its own, so that one that fails stops nobody else."""
-    waiting, running, started = list(keys), {}, time.monotonic()
-    while waiting or running:
-        while waiting and len(running) < options.at_once and time.monotonic() < until:
-            key = waiting.pop(0)
-            log = (options.cache / f"{key.replace(':', '-')}.log").open("w")
-            command = [
-                sys.executable,
-                "-m",
-                "tests.benchmarks.utility",
-                "--key",
-                key,
-                *_passed_on(options, threads),
-            ]
-            running[key] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-        if time.monotonic() >= until:
-            waiting.clear()
-        if time.monotonic() >= until + GRACE_S:
-            for process in running.values():
-                process.terminate()
-        for key, process in list(running.items()):
-            if process.poll() is not None:
-                del running[key]
-                words = "done" if process.returncode == 0 else f"FAILED ({process.returncode})"
-                print(f"{time.monotonic() - started:7.0f} s  {key}  {words}", flush=True)
-        time.sleep(0.2)
+    """In processes of their own; one after the other in one process where none shall run beside it."""
+    groups = [[key] for key in keys] if options.at_once > 1 else [keys] if keys else []
+    running: list[subprocess.Popen[bytes]] = []
+    try:
+        while groups or running:
+            while groups and len(running) < options.at_once and time.monotonic() < until:
+                command = [
+                    sys.executable,
+                    "-m",
+                    "tests.benchmarks.utility",
+                    *(f"--key={key}" for key in groups.pop(0)),
+                    *_passed_on(options, threads, until),
+                ]
+                running.append(subprocess.Popen(command))
+            if time.monotonic() >= until:
+                groups.clear()
+            if time.monotonic() >= until + GRACE_S:
+                return
+            running = [process for process in running if process.poll() is None]
+            time.sleep(0.2)
+    finally:
+        for process in running:
+            process.terminate()
+            process.wait()
 
 
-def _passed_on(options: argparse.Namespace, threads: int) -> list[str]:
+def _passed_on(options: argparse.Namespace, threads: int, until: float) -> list[str]:
     return [
         "--device", options.device, "--cache", str(options.cache), "--data", str(options.data),
         "--threads", str(threads), "--jobs", options.jobs,
+        "--minutes", str((until - time.monotonic()) / 60),
     ]  # fmt: skip
 
 
-def _one(options: argparse.Namespace) -> None:
+def _compute(options: argparse.Namespace) -> None:
+    """The jobs named; one that fails is reported, and stops nobody else."""
     import torch
 
     from tests.benchmarks.utility.jobs import Bench, run_job
 
     torch.set_num_threads(options.threads)
-    jobs: list[Job] = [job for stage in plan.STAGES[options.jobs] for job in stage(options.cache)]
-    if options.key.startswith("public:"):
-        wanted = options.key.removeprefix("public:")
-        public = next(job.public for job in jobs if job.public.key == wanted)
-        bench = Bench(public=public, data=options.data, cache=options.cache, device=options.device)
-        bench.pretrain()
-        return
-    job = next(job for job in jobs if job.key == options.key)
-    run_job(job, data=options.data, cache=options.cache, device=options.device)
+    started, until = time.monotonic(), time.monotonic() + options.minutes * 60
+    jobs = {job.key: job for stage in plan.STAGES[options.jobs] for job in stage(options.cache)}
+    benches = {
+        job.public.key: Bench(
+            public=job.public, data=options.data, cache=options.cache, device=options.device
+        )
+        for job in jobs.values()
+    }
+    for key in options.key:
+        if time.monotonic() >= until:
+            break
+        words = "done"
+        try:
+            if key.startswith("public:"):
+                benches[key.removeprefix("public:")].pretrain()
+            else:
+                run_job(jobs[key], benches[jobs[key].public.key])
+        except Exception:
+            traceback.print_exc()
+            words = "FAILED"
+        print(f"{time.monotonic() - started:7.0f} s  {key}  {words}", flush=True)
 
 
 main()

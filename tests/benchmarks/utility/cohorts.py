@@ -70,9 +70,9 @@ class Cohort:
         return len({volume.patient_id for volume in self.members})
 
 
-def cohort_named(name: str, data: Path) -> Cohort:
-    """``hippocampus`` or ``adrenal``."""
-    return {"hippocampus": _hippocampus, "adrenal": _adrenal}[name](data)
+def cohort_named(name: str, data: Path, *, coarse: bool = False) -> Cohort:
+    """``hippocampus`` or ``adrenal``; ``coarse``: half as many voxels along each axis."""
+    return {"hippocampus": _hippocampus, "adrenal": _adrenal}[name](data, 2 if coarse else 1)
 
 
 def deal(patients: list[str], shares: tuple[float, ...] = HOSPITAL_SHARES) -> list[list[str]]:
@@ -81,7 +81,7 @@ def deal(patients: list[str], shares: tuple[float, ...] = HOSPITAL_SHARES) -> li
     return [patients[a:b] for a, b in itertools.pairwise(bounds)]
 
 
-def _hippocampus(data: Path) -> Cohort:
+def _hippocampus(data: Path, edge: int) -> Cohort:
     task = data / "Task04_Hippocampus"
     table = task / "patients.csv"
     public, (rest,) = split_patients(patient_ids(table), public=30, sites=1, seed=1)
@@ -89,7 +89,9 @@ def _hippocampus(data: Path) -> Cohort:
     dealt = deal(split_patients(members, public=0, sites=1, seed=3)[1][0])
     cut = volume_condition_cut(public_mask_paths(task, table, public))
     preset = preset_named("tiny")
-    grid = CanonicalGrid(shape=preset.grid_shape, spacing_mm=preset.spacing_mm)
+    d, h, w = preset.grid_shape
+    z, y, x = preset.spacing_mm
+    grid = CanonicalGrid(shape=(d // edge, h // edge, w // edge), spacing_mm=(z * edge, y * edge, x * edge))
     labels = ("anterior", "posterior")
 
     def volumes(patients: list[str]) -> list[PublicVolume]:
@@ -103,8 +105,8 @@ def _hippocampus(data: Path) -> Cohort:
 
     return Cohort(
         name="hippocampus", task="segmentation", preset="tiny", conditions=VOLUME_CONDITIONS,
-        rare=VOLUME_CONDITIONS[0], labels=labels, grid_shape=preset.grid_shape,
-        spacing_mm=preset.spacing_mm, public=volumes(public),
+        rare=VOLUME_CONDITIONS[0], labels=labels, grid_shape=grid.shape,
+        spacing_mm=grid.spacing_mm, public=volumes(public),
         hospitals=[volumes(patients) for patients in dealt], test=volumes(test),
         source=lambda site, _: DecathlonFolder(
             path=task, patients_csv=table, patient_ids=frozenset(dealt[site]), volume_cut_mm3=cut
@@ -112,10 +114,10 @@ def _hippocampus(data: Path) -> Cohort:
     )  # fmt: skip
 
 
-def _adrenal(data: Path, *, public: int = 240, members: int = 300) -> Cohort:
+def _adrenal(data: Path, edge: int, *, public: int = 240, members: int = 300) -> Cohort:
     with np.load(data / "AdrenalMNIST3D" / "adrenalmnist3d.npz") as file:
         parts = {name: file[name] for name in file.files}
-    train = _glands(parts["train_images"], parts["train_labels"], "train")
+    train = _glands(parts, "train", edge)
     order = np.random.Generator(np.random.Philox(11)).permutation(len(train))
     normal = [train[i] for i in order if train[i].condition == "normal"][:public]
     taken = {volume.patient_id for volume in normal}
@@ -123,7 +125,7 @@ def _adrenal(data: Path, *, public: int = 240, members: int = 300) -> Cohort:
     by_id = {volume.patient_id: volume for volume in chosen}
     dealt = deal(list(by_id))
     hospitals = [[by_id[gland] for gland in glands] for glands in dealt]
-    spacing = (1.0, 1.0, 1.0)
+    side, spacing = 32 // edge, (float(edge), float(edge), float(edge))
 
     def source(site: int, folder: Path) -> ScanSource:
         scans = [
@@ -138,20 +140,28 @@ def _adrenal(data: Path, *, public: int = 240, members: int = 300) -> Cohort:
 
     return Cohort(
         name="adrenal", task="classification", preset="micro", conditions=("normal", "hyperplasia"),
-        rare="hyperplasia", labels=("gland",), grid_shape=(32, 32, 32), spacing_mm=spacing, public=normal,
-        hospitals=hospitals, test=_glands(parts["test_images"], parts["test_labels"], "test"),
+        rare="hyperplasia", labels=("gland",), grid_shape=(side, side, side), spacing_mm=spacing,
+        public=normal,
+        hospitals=hospitals, test=_glands(parts, "test", edge),
         source=source,
     )  # fmt: skip
 
 
-def _glands(images: np.ndarray, labels: np.ndarray, split: str) -> list[PublicVolume]:
-    """28^3 shapes in the middle of 32^3; image and mask are the same shape."""
-    return [
-        PublicVolume(
-            patient_id=f"{split}-{row:04d}",
-            condition="hyperplasia" if label else "normal",
-            image=(shape := np.pad((image > 127).astype(np.uint8), 2)).astype(np.float32),
-            mask=shape,
-        )
-        for row, (image, label) in enumerate(zip(images, labels.ravel(), strict=True))
-    ]
+def _glands(parts: dict[str, np.ndarray], split: str, edge: int) -> list[PublicVolume]:
+    """28^3 shapes in the middle of 32^3; image and mask are the same shape.
+
+    On a coarser grid the image is the share of each voxel that is gland, and the mask at least half of it.
+    """
+    volumes = []
+    rows = zip(parts[f"{split}_images"], parts[f"{split}_labels"].ravel(), strict=True)
+    for row, (image, label) in enumerate(rows):
+        shape = np.pad((image > 127).astype(np.float32), 2)
+        n = shape.shape[0] // edge
+        share = shape.reshape(n, edge, n, edge, n, edge).mean(axis=(1, 3, 5))
+        volumes.append(
+            PublicVolume(
+                patient_id=f"{split}-{row:04d}", condition="hyperplasia" if label else "normal",
+                image=share, mask=(share >= 0.5).astype(np.uint8),
+            )
+        )  # fmt: skip
+    return volumes

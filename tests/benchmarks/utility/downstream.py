@@ -19,6 +19,8 @@ from scipy.stats import mannwhitneyu
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tests.benchmarks.utility.settings import Task
+
 
 @dataclass(frozen=True, kw_only=True)
 class Scans:
@@ -49,18 +51,19 @@ def train_and_test(
     test: Scans,
     labels: tuple[str, ...],
     *,
-    steps: int,
+    how: Task,
     seed: int,
     device: str,
 ) -> dict[str, float]:
     """Train on batches drawn in equal parts from ``sources``; figures on ``test``."""
+    steps = how.steps
     sources, test = [source.to(device) for source in sources], test.to(device)
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = _segmenter(len(labels)) if task == "segmentation" else _classifier()
+        network = _segmenter(len(labels)) if task == "segmentation" else _classifier(small=how.small)
     network.to(device)
-    batch = 8 if task == "segmentation" else 32
+    batch = how.batch_size or (8 if task == "segmentation" else 32)
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=1e-3)
     dice_and_entropy = DiceCELoss(to_onehot_y=True, softmax=True, include_background=False)
     network.train()
@@ -163,10 +166,11 @@ def _segmenter(n_labels: int) -> nn.Module:
     )  # fmt: skip
 
 
-def _classifier() -> nn.Module:
+def _classifier(*, small: bool) -> nn.Module:
     network: nn.Module = resnet18(
-        spatial_dims=3, n_input_channels=1, num_classes=2, conv1_t_size=3, conv1_t_stride=2, no_max_pool=True
-    )
+        spatial_dims=3, n_input_channels=1, num_classes=2, conv1_t_size=3, conv1_t_stride=2,
+        no_max_pool=not small, widen_factor=0.5 if small else 1.0,
+    )  # fmt: skip
     return network
 
 

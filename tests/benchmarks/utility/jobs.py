@@ -6,6 +6,7 @@ Figures are kept in ``KEY.json``; networks are made once for all jobs of the sam
 from __future__ import annotations
 
 import json
+import os
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -17,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from privacy.audit.copies import CopySpace, calibrate_copy_distance, nearest_distances
+from privacy.audit.copies import CopySpace, calibrate_copy_distance
 from privacy.dp.patients import PatientScans
 from server.pretrain import PretrainingRecipe, PublicVolume, default_recipe, held_out_patients, pretrain
 from server.public_calibration import public_patients
@@ -26,7 +27,7 @@ from shared.model.conditioning import ConditionTable
 from shared.model.copy_embedding import load_copy_embedding
 from shared.model.denoiser import Denoiser, assign, build_denoiser, parameter_subset
 from shared.model.presets import PRESETS, preset_named
-from shared.model.sampling import generate_volumes, sample_latents
+from shared.model.sampling import sample_latents
 from shared.model.shipped import PretrainedPair, read_pair
 from shared.model.training import encode_batches, held_out_loss
 from shared.model.weights import load_weights
@@ -48,17 +49,17 @@ class Bench:
 
     @cached_property
     def cohort(self) -> Cohort:
-        return cohort_named(self.public.cohort, self.data)
+        return cohort_named(self.public.cohort, self.data, coarse=self.public.coarse)
 
     @cached_property
     def preset(self) -> str:
         """Name of the preset; a variant enters the table for this process."""
-        base = self.cohort.preset
+        base = preset_named(self.public.preset or self.cohort.preset)
         channels = self.public.latent_channels
         if channels is None:
-            return base
-        name = f"{base}-{channels}"
-        PRESETS[name] = replace(preset_named(base), name=name, latent_channels=channels)
+            return base.name
+        name = f"{base.name}-{channels}"
+        PRESETS[name] = replace(base, name=name, latent_channels=channels)
         return name
 
     @property
@@ -69,19 +70,30 @@ class Bench:
         own = default_recipe(preset_named(self.cohort.preset), seed=self.public.seed)
         if self.cohort.name == "adrenal":
             own = replace(own, held_out_share=0.15)
+        public = self.public
         return replace(
             own,
-            autoencoder=replace(own.autoencoder, steps=self.public.autoencoder_steps, save_every=10**6),
-            prior=replace(own.prior, steps=self.public.prior_steps, save_every=10**6),
-        )
+            autoencoder=replace(
+                own.autoencoder, steps=public.autoencoder_steps, bfloat16=public.bfloat16,
+                batch_size=public.batch_size or own.autoencoder.batch_size,
+            ),
+            prior=replace(own.prior, steps=public.prior_steps),
+            copy_embedding=replace(
+                own.copy_embedding, steps=public.embedding_steps or own.copy_embedding.steps
+            ),
+            segmenter=None,
+        )  # fmt: skip
 
     def pretrain(self) -> None:
-        """Both public networks, on public scans alone."""
+        """The public networks, on public scans alone."""
+        used = time.process_time()
         pretrain(
             preset=preset_named(self.preset), volumes=self.cohort.public, conditions=self.cohort.conditions,
             labels=self.cohort.labels, out_dir=self.folder, recipe=self.recipe(),
             data_description=f"public scans of {self.cohort.name}", device=self.device,
+            spacing_mm=self.cohort.spacing_mm,
         )  # fmt: skip
+        (self.folder / "cpu_seconds").write_text(f"{time.process_time() - used:.0f}\n")
 
     @cached_property
     def pair(self) -> PretrainedPair:
@@ -127,6 +139,19 @@ class Bench:
     def targets(self, volumes: list[PublicVolume]) -> Tensor:
         return torch.tensor([int(volume.condition == self.cohort.rare) for volume in volumes])
 
+    def samples(self, denoiser: Denoiser, conditions: Tensor, *, seed: int, guidance: float = 1.0) -> Tensor:
+        """Latents of the given conditions."""
+        preset = preset_named(self.preset)
+        return torch.cat(
+            [
+                sample_latents(
+                    denoiser, part, steps=preset.sampling_steps, guidance_scale=guidance, seed=seed,
+                    latent_shape=preset.latent_shape(self.cohort.grid_shape), first_index=32 * place,
+                ).cpu()
+                for place, part in enumerate(conditions.split(32))
+            ]
+        )  # fmt: skip
+
     def real(self, volumes: list[PublicVolume]) -> Scans:
         image, mask = stack(volumes)
         return Scans(image_N1DHW=image, mask_NDHW=mask, target_N=self.targets(volumes))
@@ -135,14 +160,14 @@ class Bench:
         texture = self.texture if self.cohort.task == "segmentation" else None
         return Scans(image_N1DHW=image, mask_NDHW=mask, target_N=target, texture_M1DHW=texture)
 
-    def score(self, sources: list[Scans], *, steps: int, repeats: int) -> list[dict[str, float]]:
+    def score(self, sources: list[Scans], job: Job) -> list[dict[str, float]]:
         test = self.real(self.cohort.test)
         return [
             train_and_test(
-                self.cohort.task, sources, test, self.cohort.labels, steps=steps, seed=seed,
+                self.cohort.task, sources, test, self.cohort.labels, how=job.task, seed=seed,
                 device=self.device,
             )
-            for seed in range(repeats)
+            for seed in range(100 * job.repeat, 100 * job.repeat + job.repeats)
         ]  # fmt: skip
 
     def latents(self, volumes: list[PublicVolume]) -> tuple[Tensor, Tensor]:
@@ -165,19 +190,19 @@ def stack(volumes: list[PublicVolume]) -> tuple[Tensor, Tensor]:
     return image, torch.from_numpy(np.stack([v.mask for v in volumes]).astype(np.int64))
 
 
-def run_job(job: Job, *, data: Path, cache: Path, device: str) -> dict[str, Any]:
+def run_job(job: Job, bench: Bench) -> dict[str, Any]:
     """Figures of a job, kept in the cache."""
-    started = time.monotonic()
-    bench = Bench(public=job.public, data=data, cache=cache, device=device)
+    started, used, cache, device = time.monotonic(), time.process_time(), bench.cache, bench.device
     values: dict[str, Any] = {}
     if job.kind == "real":
         _real(bench, job, values)
     elif job.kind == "ceiling":
         image, mask = bench.reconstructed(bench.cohort.members)
         scans = bench.unreal(image, mask, bench.targets(bench.cohort.members))
-        values["synthetic"] = bench.score([scans], steps=job.task_steps, repeats=job.repeats)
+        values["synthetic"] = bench.score([scans], job)
         plain = replace(scans, texture_M1DHW=None)
-        values["without_texture"] = bench.score([plain], steps=job.task_steps, repeats=job.repeats)
+        if scans.texture_M1DHW is not None:
+            values["without_texture"] = bench.score([plain], job)
         values["pretraining"] = {
             name: bench.pair.recipe[name] for name in ("autoencoder_held_out", "prior_held_out_loss")
         }
@@ -193,6 +218,7 @@ def run_job(job: Job, *, data: Path, cache: Path, device: str) -> dict[str, Any]
             denoiser = bench.denoiser(job.study.trainable, weights)
         _generator(bench, job, denoiser, values)
     values["seconds"] = round(time.monotonic() - started, 1)
+    values["cpu_seconds"] = round(time.process_time() - used, 1)
     document = {"job": asdict(job), "key": job.key, "device": device, "values": values}
     part = cache / f"{job.key}.part"
     part.write_text(json.dumps(document, indent=1))
@@ -205,29 +231,25 @@ def _real(bench: Bench, job: Job, values: dict[str, Any]) -> None:
     everybody = bench.real(cohort.members)
     values["patients"] = [len({v.patient_id for v in hospital}) for hospital in cohort.hospitals]
     values["scans"] = [len(hospital) for hospital in cohort.hospitals]
-    values["everybody"] = bench.score([everybody], steps=job.task_steps, repeats=job.repeats)
-    values["public"] = bench.score([bench.real(cohort.public)], steps=job.task_steps, repeats=job.repeats)
-    values["alone"] = [
-        bench.score([bench.real(hospital)], steps=job.task_steps, repeats=job.repeats)
-        for hospital in cohort.hospitals
-    ]
+    values["everybody"] = bench.score([everybody], job)
+    if len({volume.condition for volume in cohort.public}) > 1 or cohort.task == "segmentation":
+        values["public"] = bench.score([bench.real(cohort.public)], job)
+    values["alone"] = [bench.score([bench.real(hospital)], job) for hospital in cohort.hospitals]
 
 
 def _generator(bench: Bench, job: Job, denoiser: Denoiser, values: dict[str, Any]) -> None:
     cohort = bench.cohort
     values["held_out_loss"] = held_out_loss(denoiser, *bench.latents(cohort.test))
     values["public_loss"] = held_out_loss(denoiser, *bench.latents(bench.unseen))
-    per_condition = job.samples // len(cohort.conditions)
-    images, masks, targets = [], [], []
-    for row, condition in enumerate(cohort.conditions):
-        for image, mask in generate_volumes(
-            bench.autoencoder, denoiser, condition=row, count=per_condition, seed=SAMPLES_SEED + row,
-            grid_shape=cohort.grid_shape, guidance_scale=1.0,
-        ):  # fmt: skip
-            images.append(image)
-            masks.append(mask.long())
-            targets.append(int(condition == cohort.rare))
-    image, mask = torch.stack(images)[:, None], torch.stack(masks)
+    count = job.samples // len(cohort.conditions)
+    conditions = torch.arange(len(cohort.conditions)).repeat_interleave(count)
+    seed = SAMPLES_SEED + 1000 * job.repeat
+    z = bench.samples(denoiser, conditions, seed=seed, guidance=job.guidance)
+    targets = [int(cohort.conditions[row] == cohort.rare) for row in conditions]
+    with torch.no_grad():
+        decoded = [bench.autoencoder.decode(part.to(bench.device)) for part in z.split(32)]
+    image, mask = (torch.cat([pair[k].cpu() for pair in decoded]) for k in (0, 1))
+    mask = mask.long()
     scans = bench.unreal(image, mask, torch.tensor(targets))
     values["label_mm3"] = {
         condition: {
@@ -238,48 +260,58 @@ def _generator(bench: Bench, job: Job, denoiser: Denoiser, values: dict[str, Any
             (c, [r for r, t in enumerate(targets) if t == int(c == cohort.rare)]) for c in cohort.conditions
         )
     }
-    steps, repeats = job.task_steps, job.repeats
-    values["synthetic"] = bench.score([scans], steps=steps, repeats=repeats)
-    values["smallest_and_synthetic"] = bench.score(
-        [bench.real(cohort.hospitals[-1]), scans], steps=steps, repeats=repeats
-    )
-    values["all_and_synthetic"] = bench.score(
-        [bench.real(cohort.members), scans], steps=steps, repeats=repeats
-    )
-    values["copies"] = copy_figures(bench, denoiser, count=job.copy_samples)
+    values["synthetic"] = bench.score([scans], job)
+    for name, volumes in (("smallest", cohort.hospitals[-1]), ("all", cohort.members)):
+        if name in job.with_real:
+            values[f"{name}_and_synthetic"] = bench.score([bench.real(volumes), scans], job)
+    if job.copy_samples:
+        conditions = torch.arange(job.copy_samples) % len(cohort.conditions)
+        z = bench.samples(denoiser, conditions, seed=seed + 100, guidance=job.guidance)
+    values["copies"] = copy_figures(bench, conditions, z)
     picture = bench.cache / f"{job.key}-samples.npz"
     keep = [r for t in (0, 1) for r in [row for row, x in enumerate(targets) if x == t][:4]]
     bright = (image[keep, 0].numpy() * 255).astype(np.uint8)
     np.savez_compressed(picture, image=bright, mask=mask[keep].byte().numpy())
 
 
-def copy_figures(bench: Bench, denoiser: Denoiser, *, count: int) -> dict[str, Any]:
-    """Members and test patients with a sample nearer than the public threshold, as the audit counts them."""
-    cohort, preset = bench.cohort, preset_named(bench.preset)
-    shape = preset.latent_shape(cohort.grid_shape)
-    rows = torch.arange(count) % len(cohort.conditions)
-    latents = [
-        torch.cat(
-            [
-                sample_latents(
-                    network, part, steps=preset.sampling_steps, guidance_scale=1.0, seed=SAMPLES_SEED + 100,
-                    latent_shape=shape, first_index=64 * place,
-                )
-                for place, part in enumerate(rows.split(64))
-            ]
-        )
-        for network in (bench.denoiser(), denoiser)
-    ]  # fmt: skip
+def copy_figures(bench: Bench, conditions: Tensor, z: Tensor) -> dict[str, Any]:
+    """Members and test patients with a sample nearer than the public threshold, as the audit counts them.
+
+    The threshold comes from as many samples of the prior, of the same conditions.
+    """
+    cohort = bench.cohort
 
     def patients(volumes: list[PublicVolume]) -> list[PatientScans]:
         return public_patients(bench.autoencoder, volumes, ConditionTable(cohort.conditions))
 
-    calibrated = calibrate_copy_distance(
-        bench.copy_space, patients(bench.unseen), unrelated_NCDHW=latents[0], device=bench.device
-    )
-    embedded = bench.copy_space.of_samples(latents[1])
+    kept = bench.folder / f"copy-distance-{len(z)}.json"
+    if not kept.exists():
+        unrelated = bench.samples(bench.denoiser(), conditions, seed=SAMPLES_SEED + 200)
+        calibrated = calibrate_copy_distance(
+            bench.copy_space, patients(bench.unseen), unrelated_NCDHW=unrelated, device=bench.device
+        )
+        part = kept.with_suffix(f".{os.getpid()}")
+        part.write_text(json.dumps({"distance": calibrated.distance}))
+        part.replace(kept)
+    threshold = json.loads(kept.read_text())["distance"]
+    samples = bench.copy_space.of_samples(z.to(bench.device))
     counts = {}
     for name, group in (("members", cohort.members), ("test", cohort.test)):
-        distance = nearest_distances(bench.copy_space, patients(group), embedded, device=bench.device)
-        counts[name] = [int((distance < calibrated.distance).sum()), len(distance)]
-    return {"threshold": calibrated.distance, **counts}
+        seen = bench.folder / f"embedded-{name}.npz"
+        if not seen.exists():
+            own = {
+                str(patient.patient_key): bench.copy_space.of_patient(
+                    patient.latents_SCDHW.to(bench.device)
+                ).numpy()
+                for patient in patients(group)
+            }
+            part = seen.with_name(f"{os.getpid()}-{seen.name}")
+            np.savez(part, **own)
+            part.replace(seen)
+        with np.load(seen) as file:
+            nearest = [
+                float(bench.copy_space.distances(torch.from_numpy(file[key]), samples).min())
+                for key in file.files
+            ]
+        counts[name] = [sum(distance < threshold for distance in nearest), len(nearest)]
+    return {"threshold": threshold, **counts}

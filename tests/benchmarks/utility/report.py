@@ -4,37 +4,41 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from tests.benchmarks.utility.plan import choose
-from tests.benchmarks.utility.settings import Study
+from tests.benchmarks.utility.plan import STAGES, chosen_by
+from tests.benchmarks.utility.settings import Public, Study
 
 Row = dict[str, Any]
 HERE = Path(__file__).parent
 MEASURE = {"hippocampus": "dice", "adrenal": "auc"}
+AXIS = {"hippocampus": "mean Dice", "adrenal": "AUC"}
+WHAT = {"hippocampus": "segmenter", "adrenal": "classifier"}
+HOSPITALS = ("large", "middling", "small")
 WORDS = {"hippocampus": "mean Dice of anterior and posterior", "adrenal": "AUC for hyperplasia"}
 
 
-def read_jobs(cache: Path) -> list[Row]:
-    """All finished jobs."""
-    return [json.loads(path.read_text()) for path in sorted(cache.glob("*.json"))]
+def read_jobs(cache: Path, run: str) -> list[Row]:
+    """All finished jobs of a run (a name of ``plan.STAGES``), in its order."""
+    keys = dict.fromkeys(job.key for stage in STAGES[run] for job in stage(cache))
+    paths = [cache / f"{key}.json" for key in keys]
+    return [json.loads(path.read_text()) for path in paths if path.exists()]
 
 
-def write_report(cache: Path, out: Path = HERE) -> str:
-    """Write ``tables.md`` and a curve for each cohort; returns the tables."""
-    jobs = read_jobs(cache)
-    mark_chosen(jobs, choose(cache))
-    parts = []
+def write_report(cache: Path, out: Path = HERE, *, run: str = "two_cores") -> str:
+    """Write ``tables.md`` and ``curve.png``; returns the tables."""
+    jobs = read_jobs(cache, run)
+    mark_chosen(jobs, chosen_by(run, cache))
+    parts, cohorts = [f"Made by `python -m tests.benchmarks.utility --jobs {run}`."], {}
     for cohort in MEASURE:
         own = [job for job in jobs if job["job"]["public"]["cohort"] == cohort]
         if own:
             parts += [f"## {cohort}: {WORDS[cohort]} on real test scans", *_cohort(cohort, own)]
-            _curve(cohort, own, out / f"{cohort}.png")
+            cohorts[cohort] = own
+    _curves(cohorts, out / "curve.png")
     text = "\n\n".join(parts) + "\n"
     (out / "tables.md").write_text(text)
     return text
@@ -62,33 +66,40 @@ def _of_kind(jobs: Sequence[Row], kind: str) -> list[Row]:
 
 
 def _real(cohort: str, jobs: Sequence[Row]) -> str:
-    rows = []
+    patients: dict[str, str] = {}
+    scores: dict[str, list[float]] = {}
+
+    def add(what: str, n: Any, entries: Iterable[dict[str, float]]) -> None:
+        patients[what] = str(n)
+        scores.setdefault(what, []).extend(score(cohort, entries))
+
     for job in _of_kind(jobs, "real"):
         values = job["values"]
-        names = ("large", "middling", "small")
-        rows.append(("real, all hospitals", sum(values["patients"]), values["everybody"]))
-        rows += [
-            (f"real, the {name} hospital alone", patients, alone)
-            for name, patients, alone in zip(names, values["patients"], values["alone"], strict=True)
-        ]
-        rows.append(("real, public scans", "", values["public"]))
+        add("real, all hospitals", sum(values["patients"]), values["everybody"])
+        for name, n, alone in zip(HOSPITALS, values["patients"], values["alone"], strict=True):
+            add(f"real, the {name} hospital alone", n, alone)
+        add("real, public scans", "", values.get("public", []))
     for job in _of_kind(jobs, "ceiling"):
         variant = _variant(job)
-        rows.append((f"members through the autoencoder{variant}", "", job["values"]["synthetic"]))
-        rows.append((f"the same without texture{variant}", "", job["values"]["without_texture"]))
-    table = [(what, str(n), _show(score(cohort, entries))) for what, n, entries in rows]
-    return markdown(("trained on", "patients", "score"), table)
+        add(f"members through the autoencoder{variant}", "", job["values"]["synthetic"])
+        add(f"the same without texture{variant}", "", job["values"].get("without_texture", []))
+    rows = [(what, patients[what], _show(values)) for what, values in scores.items() if values]
+    return markdown(("trained on", "patients", "score"), rows)
 
 
 def _variant(job: Row) -> str:
     channels = job["job"]["public"]["latent_channels"]
-    return "" if channels is None else f" ({channels} latent channels)"
+    return "" if job["own_networks"] else f" ({channels} latent channels)"
 
 
 def study_key(job: Row) -> tuple[Any, ...]:
     """All that distinguishes studies, repeats aside."""
     study = job["job"]["study"]
-    return (job["job"]["public"]["latent_channels"], *(study[name] for name in sorted(study)))
+    return (
+        job["job"]["public"]["latent_channels"],
+        job["job"]["guidance"],
+        *(study[name] for name in sorted(study)),
+    )
 
 
 def grouped(jobs: Sequence[Row]) -> dict[str, list[Row]]:
@@ -99,43 +110,56 @@ def grouped(jobs: Sequence[Row]) -> dict[str, list[Row]]:
     return groups
 
 
-def way(cohort: str, jobs: Sequence[Row], value: float, *, what: str = "synthetic") -> float | None:
-    """(value - prior) / (noiseless - prior), by mean scores of the headline studies."""
-    prior = [x for job in _of_kind(jobs, "prior") for x in score(cohort, job["values"][what])]
+def way(jobs: Sequence[Row], value: float, figure: Callable[[Row], list[float]]) -> float | None:
+    """(value - prior) / (noiseless - prior) of a figure, by the means of prior and chosen noiseless studies.
+
+    None where one of them is missing, or they do not differ.
+    """
+    prior = [x for job in _of_kind(jobs, "prior") if job["own_sampling"] for x in figure(job)]
     noiseless = [
         x
-        for job in headline(cohort, jobs)
+        for job in headline(jobs)
         if job["job"]["study"]["epsilon"] is None and job["job"]["study"]["mode"] == "distributed"
-        for x in score(cohort, job["values"][what])
+        for x in figure(job)
     ]
     if not prior or not noiseless:
         return None
-    low, high = statistics.mean(prior), statistics.mean(noiseless)
-    return (value - low) / (high - low) if high > low else None
+    start, end = statistics.mean(prior), statistics.mean(noiseless)
+    return None if start == end else (value - start) / (end - start)
 
 
-def headline(cohort: str, jobs: Sequence[Row]) -> list[Row]:
+def headline(jobs: Sequence[Row]) -> list[Row]:
     """Studies under the chosen setting, whatever their mode and epsilon."""
     return [job for job in _of_kind(jobs, "study") if job["chosen"]]
 
 
-def mark_chosen(jobs: Sequence[Row], chosen: dict[str, Study]) -> None:
-    """Set ``chosen`` of every job: does its study differ from the chosen one in mode and epsilon alone?"""
+def mark_chosen(jobs: Sequence[Row], chosen: dict[str, tuple[Public, Study, float]]) -> None:
+    """Set ``own_networks``, ``own_sampling`` and ``chosen`` of every job.
+
+    Are its public networks those of the tables, is its guidance, and does its study differ from theirs in
+    mode and epsilon alone?
+    """
     for job in jobs:
         setting, study = job["job"], job["job"]["study"]
-        wanted = asdict(chosen[setting["public"]["cohort"]])
+        public, wanted_study, guidance = chosen[setting["public"]["cohort"]]
+        wanted = asdict(wanted_study)
+        job["own_networks"] = setting["public"] == asdict(public)
+        job["own_sampling"] = job["own_networks"] and setting["guidance"] == guidance
         job["chosen"] = (
             study is not None
-            and setting["public"]["latent_channels"] is None
+            and job["own_sampling"]
             and all(study[k] == v for k, v in wanted.items() if k not in ("epsilon", "mode"))
         )
 
 
 def _by_epsilon(cohort: str, jobs: Sequence[Row]) -> str:
     rows = []
+    priors: dict[str, list[Row]] = {}
     for job in _of_kind(jobs, "prior"):
-        rows.append(_line(cohort, jobs, "prior", "", [job]))
-    chosen = headline(cohort, jobs)
+        guided = "" if job["own_sampling"] else f", guidance {job['job']['guidance']:g}"
+        priors.setdefault(f"prior{guided}{_variant(job)}", []).append(job)
+    rows += [_line(cohort, jobs, name, "", group) for name, group in priors.items()]
+    chosen = headline(jobs)
     for mode in ("distributed", "local"):
         for epsilon in (None, 10.0, 8.0, 3.0, 1.0):
             group = [
@@ -151,25 +175,34 @@ def _by_epsilon(cohort: str, jobs: Sequence[Row]) -> str:
 
 COLUMNS = (
     "generator", "epsilon", "synthetic alone", "share of the way", "small hospital + synthetic",
-    "all real + synthetic", "loss on test scans", "copied members", "copied test",
+    "all real + synthetic", "loss on test scans", "share, by loss", "copied members", "copied test",
 )  # fmt: skip
 
 
 def _line(cohort: str, jobs: Sequence[Row], name: str, epsilon: str, group: Sequence[Row]) -> tuple[str, ...]:
     def scores(what: str) -> list[float]:
-        return [x for job in group for x in score(cohort, job["values"][what])]
+        return [x for job in group for x in score(cohort, job["values"].get(what, []))]
 
     def copies(what: str) -> str:
         found = [job["values"]["copies"][what] for job in group]
         return f"{sum(a for a, _ in found)}/{sum(b for _, b in found)}"
 
-    share = way(cohort, jobs, statistics.mean(scores("synthetic")))
+    loss = statistics.mean(_loss(job)[0] for job in group)
+    synthetic = statistics.mean(scores("synthetic"))
     return (
-        name, epsilon, _show(scores("synthetic")), "" if share is None else f"{share:.0%}",
-        _show(scores("smallest_and_synthetic")), _show(scores("all_and_synthetic")),
-        f"{statistics.mean(job['values']['held_out_loss'] for job in group):.3f}",
-        copies("members"), copies("test"),
+        name, epsilon, _show(scores("synthetic")),
+        _percent(way(jobs, synthetic, lambda job: score(cohort, job["values"]["synthetic"]))),
+        _show(scores("smallest_and_synthetic")), _show(scores("all_and_synthetic")), f"{loss:.3f}",
+        _percent(way(jobs, loss, _loss)), copies("members"), copies("test"),
     )  # fmt: skip
+
+
+def _loss(job: Row) -> list[float]:
+    return [job["values"]["held_out_loss"]]
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.0%}"
 
 
 TRIED = ("mode", "epsilon", "trainable", "rounds", "learning_rate", "draws", "clip", "ema_decay")
@@ -179,12 +212,13 @@ def _tries(cohort: str, jobs: Sequence[Row]) -> str:
     rows = []
     for group in grouped(jobs).values():
         study = group[0]["job"]["study"]
-        variant = group[0]["job"]["public"]["latent_channels"]
+        channels = group[0]["job"]["public"]["latent_channels"]
         line = _line(cohort, jobs, "", "", group)
         tried = [_value(study[name]) for name in TRIED]
-        rows.append((*tried, "" if variant is None else str(variant), line[2], line[3], line[6], line[7]))
-    rows.sort(key=lambda row: row[-2])
-    columns = (*TRIED, "latent channels", "synthetic alone", "share of the way", "loss", "copied members")
+        tried += [_value(group[0]["job"]["guidance"]), "preset's" if channels is None else str(channels)]
+        rows.append((*tried, *line[2:4], *line[6:9]))
+    rows.sort(key=lambda row: float(row[-3]))
+    columns = (*TRIED, "guidance", "latent channels", *COLUMNS[2:4], *COLUMNS[6:9])
     return "Every try, lowest loss first (losses of different latents do not compare):\n\n" + markdown(
         columns, rows
     )
@@ -200,24 +234,43 @@ def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _curve(cohort: str, jobs: Sequence[Row], path: Path) -> None:
-    """Score against epsilon, both modes, between prior and real."""
+NO_NOISE = 25.0
+"""Where the figure without noise stands on the axis of epsilon."""
+
+
+def _curves(cohorts: dict[str, list[Row]], path: Path) -> None:
+    """Score against epsilon, both modes, between prior and real: a panel for each cohort."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.4), layout="constrained")
+    figure = Figure(figsize=(5.2 * max(1, len(cohorts)), 4.4), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    chosen = headline(cohort, jobs)
+    for place, (cohort, jobs) in enumerate(cohorts.items(), start=1):
+        axes = figure.add_subplot(1, len(cohorts), place)
+        _curve(axes, cohort, jobs)
+        axes.set_title(f"{cohort}: {WHAT[cohort]} trained on synthetic scans alone", fontsize=10)
+    if cohorts:
+        handles = {
+            label: handle
+            for axes in figure.axes
+            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+        }
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8)
+    figure.savefig(path, dpi=90)
+
+
+def _curve(axes: Any, cohort: str, jobs: Sequence[Row]) -> None:
     for mode, colour in (("distributed", "#1b6ca8"), ("local", "#d1495b")):
         points: dict[float, list[float]] = {}
-        for job in chosen:
+        for job in headline(jobs):
             study = job["job"]["study"]
-            if study["mode"] == mode and study["epsilon"] is not None:
-                points.setdefault(study["epsilon"], []).extend(score(cohort, job["values"]["synthetic"]))
+            if study["mode"] == mode:
+                x = NO_NOISE if study["epsilon"] is None else study["epsilon"]
+                points.setdefault(x, []).extend(score(cohort, job["values"]["synthetic"]))
         if points:
             xs = sorted(points)
-            axes.plot(xs, [statistics.mean(points[x]) for x in xs], "o-", color=colour, label=f"{mode} mode")
+            means = [statistics.mean(points[x]) for x in xs]
+            axes.plot(xs, means, "o-", color=colour, label=f"mode {mode} (mean)")
             for x in xs:
                 axes.plot([x] * len(points[x]), points[x], ".", color=colour, alpha=0.4)
     levels = {
@@ -227,23 +280,18 @@ def _curve(cohort: str, jobs: Sequence[Row], path: Path) -> None:
         "prior": ("prior", "synthetic", "#edae49"),
     }
     for name, (kind, what, colour) in levels.items():
-        for job in _of_kind(jobs, kind)[:1]:
-            entries = job["values"][what]
-            values = score(cohort, entries[-1] if what == "alone" else entries)
-            axes.axhline(float(np.mean(values)), color=colour, linestyle="--", linewidth=1.2, label=name)
-    noiseless = [
-        x
-        for job in chosen
-        if job["job"]["study"]["epsilon"] is None and job["job"]["study"]["mode"] == "distributed"
-        for x in score(cohort, job["values"]["synthetic"])
-    ]
-    if noiseless:
-        axes.axhline(float(np.mean(noiseless)), color="#1b6ca8", linestyle=":", label="no noise")
+        values = [
+            x
+            for job in _of_kind(jobs, kind)
+            if (job["own_sampling"] if kind == "prior" else job["own_networks"])
+            for x in score(cohort, job["values"][what][-1] if what == "alone" else job["values"][what])
+        ]
+        if values:
+            axes.axhline(statistics.mean(values), color=colour, linestyle="--", linewidth=1.2, label=name)
     axes.set_xscale("log")
-    axes.set_xticks([1, 3, 8, 10], labels=["1", "3", "8", "10"])
+    axes.set_xlim(0.8, 1.25 * NO_NOISE)
+    axes.set_xticks([1, 3, 8, NO_NOISE], labels=["1", "3", "8", "no noise"])
     axes.minorticks_off()
+    axes.grid(axis="y", alpha=0.25)
     axes.set_xlabel("epsilon per patient, at delta 1e-5")
-    axes.set_ylabel(WORDS[cohort])
-    axes.set_title(f"{cohort}: trained on synthetic scans alone, tested on real ones")
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    axes.set_ylabel(f"{AXIS[cohort]} on real test scans")

@@ -7,27 +7,52 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-VERSION = 1
+VERSION = 2
 """Raise it when figures of an earlier version do not compare any more."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Public:
-    """Public networks of a cohort.
+    """Public networks of a cohort. None leaves what preset and recipe say.
 
     Attributes:
-        latent_channels: None: the preset's.
+        coarse: Half the grid along each axis, voxels twice as long: an eighth of the work.
+        preset: Architecture; None: the cohort's.
+        latent_channels: In place of the preset's.
+        batch_size: Volumes of an autoencoder's step.
+        embedding_steps: Of the copy check's embedding.
+        bfloat16: For the autoencoder alone. On grids as small as a coarse latent's, gradients under autocast
+            were not finite on a CPU (torch 2.13): neither denoiser nor segmenter trained.
     """
 
     cohort: str
     autoencoder_steps: int
     prior_steps: int
+    coarse: bool = False
+    preset: str | None = None
     latent_channels: int | None = None
+    batch_size: int | None = None
+    embedding_steps: int | None = None
+    bfloat16: bool = False
     seed: int = 1
 
     @property
     def key(self) -> str:
         return _key("public", asdict(self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """Training of a segmenter or classifier.
+
+    Attributes:
+        batch_size: None: 8 for a segmenter, 32 for a classifier.
+        small: A classifier with half of ResNet-18's channels, which halves the grid once more.
+    """
+
+    steps: int = 600
+    batch_size: int | None = None
+    small: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,17 +64,23 @@ class Job:
             the autoencoder gives them back), ``prior`` (on samples of the prior) or ``study`` (on samples of
             what a consortium trained).
         repeats: Trainings of the segmenter or classifier, each with a seed of its own.
-        copy_samples: Samples that members are compared with.
+        task: How segmenter or classifier train.
+        with_real: Whose real scans synthetic ones are joined with: the ``smallest`` hospital's, ``all``.
+        copy_samples: Samples that members are compared with; 0: those that the task trains on.
         study: For kind ``study``: see :class:`Study`.
+        guidance: Classifier-free guidance when sampling; 1 is none.
+        repeat: Decides the seeds of trainings and samples; the noise of a study is new every time.
     """
 
     kind: Literal["real", "ceiling", "prior", "study"]
     public: Public
     repeats: int = 1
     samples: int = 200
-    task_steps: int = 600
+    task: Task = Task()
+    with_real: tuple[str, ...] = ("smallest", "all")
     copy_samples: int = 512
     study: Study | None = None
+    guidance: float = 1.0
     repeat: int = 0
 
     @property
