@@ -1,4 +1,4 @@
-"""A site agent in a process of its own, to be killed: ``python crash_agent.py ORDER`` (JSON).
+"""A site agent for a process of its own, to be killed.
 
 It serves a site over gRPC on a unix socket, real in everything but the patients' arithmetic.
 """
@@ -6,10 +6,8 @@ It serves a site over gRPC on a unix socket, real in everything but the patients
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -34,6 +32,7 @@ CHUNK_BYTES = 256
 
 
 def serve(order: dict[str, Any]) -> None:
+    """Serve a site until it dies where ``order`` says, or is killed."""
     os.environ["LACUNA_COUNTER_DIR"] = order["counters"]
     points = CrashPoints()
     points.die = {"kill": _kill_9, "exit": lambda: os._exit(1)}[order["how"]]
@@ -81,7 +80,3 @@ class _DyingServer(AgentServer):
 def _kill_9() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(60)
-
-
-if __name__ == "__main__":
-    serve(json.loads(sys.argv[1]))

@@ -7,18 +7,20 @@ byte of the answer with its upload was received.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import socket
-import subprocess
 import sys
 import time
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import grpc
 from agent_trio import Trio
+from crash_agent import serve
 from crash_points import CrashPoints
 
 from client import agent_link
@@ -201,23 +203,28 @@ class InProcessStudy(CrashStudy):
 
 
 class AgentProcesses:
-    """Starts site agents as processes of their own, and ends those that are left."""
+    """Starts site agents as processes of their own, and ends those that are left.
+
+    They are forked from a process that has the agent's modules and nothing else: importing them anew takes
+    seconds, the agent milliseconds.
+    """
 
     def __init__(self) -> None:
-        self.running: list[subprocess.Popen[bytes]] = []
+        self.running: list[BaseProcess] = []
+        self._context = get_context("forkserver")
+        self._context.set_forkserver_preload([AGENT.stem])
 
-    def start(self, **order: Any) -> subprocess.Popen[bytes]:
-        path = os.pathsep.join(map(str, (*FOLDERS, *sys.path)))
-        process = subprocess.Popen(
-            [sys.executable, str(AGENT), json.dumps(order)], env={**os.environ, "PYTHONPATH": path}
-        )
+    def start(self, **order: Any) -> BaseProcess:
+        with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(map(str, (*FOLDERS, *sys.path)))):
+            process = self._context.Process(target=serve, args=(order,))
+            process.start()
         self.running.append(process)
         return process
 
     def close(self) -> None:
         for process in self.running:
             process.kill()
-            process.wait()
+            process.join()
 
 
 class ProcessStudy(CrashStudy):
@@ -280,13 +287,15 @@ class ProcessStudy(CrashStudy):
         raise AssertionError("the agent does not listen")
 
     def revive(self) -> None:
-        self.exit_codes.append(self._process.wait(timeout=60))
+        self._process.join(timeout=60)
+        assert self._process.exitcode is not None, "the agent is expected to be dead"
+        self.exit_codes.append(self._process.exitcode)
         self._address.path.unlink(missing_ok=True)
         self._process = self._processes.start(**self._order, point=None, passage=0)
 
     def close(self) -> None:
         self._process.kill()
-        self._process.wait()
+        self._process.join()
         super().close()
 
 
