@@ -27,13 +27,13 @@ from shared.model.conditioning import ConditionTable
 from shared.model.copy_embedding import load_copy_embedding
 from shared.model.denoiser import Denoiser, assign, build_denoiser, parameter_subset
 from shared.model.presets import PRESETS, preset_named
-from shared.model.sampling import sample_latents
+from shared.model.sampling import initial_noise, sample_latents
 from shared.model.shipped import PretrainedPair, read_pair
 from shared.model.training import encode_batches, held_out_loss
 from shared.model.weights import load_weights
 from tests.benchmarks.utility.cohorts import Cohort, cohort_named
 from tests.benchmarks.utility.downstream import Scans, train_and_test
-from tests.benchmarks.utility.settings import Job, Public
+from tests.benchmarks.utility.settings import Job, Public, Study
 
 SAMPLES_SEED = 5
 
@@ -139,16 +139,26 @@ class Bench:
     def targets(self, volumes: list[PublicVolume]) -> Tensor:
         return torch.tensor([int(volume.condition == self.cohort.rare) for volume in volumes])
 
-    def samples(self, denoiser: Denoiser, conditions: Tensor, *, seed: int, guidance: float = 1.0) -> Tensor:
+    def samples(
+        self, denoiser: Denoiser, conditions: Tensor, *, seed: int, guidance: float, same_noise: bool = False
+    ) -> Tensor:
         """Latents of the given conditions."""
         preset = preset_named(self.preset)
+        shape = preset.latent_shape(self.cohort.grid_shape)
+        index = torch.arange(len(conditions))
+        if same_noise:
+            index = torch.cat(
+                [torch.arange(int(n)) for n in torch.unique_consecutive(conditions, return_counts=True)[1]]
+            )
+        noise = initial_noise(seed=seed, first_index=0, count=int(index.max()) + 1, shape=shape)[index]
+        parts = zip(conditions.split(32), noise.split(32), strict=True)
         return torch.cat(
             [
                 sample_latents(
-                    denoiser, part, steps=preset.sampling_steps, guidance_scale=guidance, seed=seed,
-                    latent_shape=preset.latent_shape(self.cohort.grid_shape), first_index=32 * place,
+                    denoiser, some, steps=preset.sampling_steps, guidance_scale=guidance, seed=seed,
+                    latent_shape=shape, noise_BCDHW=from_noise,
                 ).cpu()
-                for place, part in enumerate(conditions.split(32))
+                for some, from_noise in parts
             ]
         )  # fmt: skip
 
@@ -209,13 +219,13 @@ def run_job(job: Job, bench: Bench) -> dict[str, Any]:
     else:
         denoiser = bench.denoiser()
         if job.study is not None:
-            from tests.benchmarks.utility.consortium import train_together
-
-            weights, values["study"] = train_together(
-                bench.cohort, job.study, bench.pair, bench.preset, device=device
-            )
+            kept = cache / f"{job.weights_key}.npz"
+            if not kept.exists():
+                _train(bench, job.study, kept)
+            with np.load(kept) as file:
+                values["study"] = json.loads(str(file["planned"]))
+                denoiser = bench.denoiser(job.study.trainable, file["weights"])
             values["study_seconds"] = round(time.monotonic() - started, 1)
-            denoiser = bench.denoiser(job.study.trainable, weights)
         _generator(bench, job, denoiser, values)
     values["seconds"] = round(time.monotonic() - started, 1)
     values["cpu_seconds"] = round(time.process_time() - used, 1)
@@ -224,6 +234,16 @@ def run_job(job: Job, bench: Bench) -> dict[str, Any]:
     part.write_text(json.dumps(document, indent=1))
     part.replace(cache / f"{job.key}.json")
     return document
+
+
+def _train(bench: Bench, study: Study, path: Path) -> None:
+    """A study's averaged weights, and what it was planned with."""
+    from tests.benchmarks.utility.consortium import train_together
+
+    weights, planned = train_together(bench.cohort, study, bench.pair, bench.preset, device=bench.device)
+    part = path.with_name(f"{os.getpid()}-{path.name}")
+    np.savez(part, weights=weights, planned=np.array(json.dumps(planned)))
+    part.replace(path)
 
 
 def _real(bench: Bench, job: Job, values: dict[str, Any]) -> None:
@@ -244,22 +264,16 @@ def _generator(bench: Bench, job: Job, denoiser: Denoiser, values: dict[str, Any
     count = job.samples // len(cohort.conditions)
     conditions = torch.arange(len(cohort.conditions)).repeat_interleave(count)
     seed = SAMPLES_SEED + 1000 * job.repeat
-    z = bench.samples(denoiser, conditions, seed=seed, guidance=job.guidance)
+    z = bench.samples(denoiser, conditions, seed=seed, guidance=job.guidance, same_noise=job.same_noise)
     targets = [int(cohort.conditions[row] == cohort.rare) for row in conditions]
     with torch.no_grad():
         decoded = [bench.autoencoder.decode(part.to(bench.device)) for part in z.split(32)]
     image, mask = (torch.cat([pair[k].cpu() for pair in decoded]) for k in (0, 1))
     mask = mask.long()
     scans = bench.unreal(image, mask, torch.tensor(targets))
-    values["label_mm3"] = {
-        condition: {
-            label: [float((mask[r] == k).sum()) * float(np.prod(cohort.spacing_mm)) for r in rows]
-            for k, label in enumerate(cohort.labels, start=1)
-        }
-        for condition, rows in (
-            (c, [r for r, t in enumerate(targets) if t == int(c == cohort.rare)]) for c in cohort.conditions
-        )
-    }
+    members = bench.real(cohort.members)
+    values["label_mm3"] = label_volumes(cohort, mask, torch.tensor(targets))
+    values["members_label_mm3"] = label_volumes(cohort, members.mask_NDHW, members.target_N)
     values["synthetic"] = bench.score([scans], job)
     for name, volumes in (("smallest", cohort.hospitals[-1]), ("all", cohort.members)):
         if name in job.with_real:
@@ -274,6 +288,18 @@ def _generator(bench: Bench, job: Job, denoiser: Denoiser, values: dict[str, Any
     np.savez_compressed(picture, image=bright, mask=mask[keep].byte().numpy())
 
 
+def label_volumes(cohort: Cohort, mask_NDHW: Tensor, target_N: Tensor) -> dict[str, dict[str, float]]:
+    """Mean volume of each label in mm3, of the rare condition and of the others."""
+    voxel = float(np.prod(cohort.spacing_mm))
+    return {
+        name: {
+            label: float((mask_NDHW[target_N == target] == k).float().sum(dim=(1, 2, 3)).mean()) * voxel
+            for k, label in enumerate(cohort.labels, start=1)
+        }
+        for name, target in (("rare", 1), ("others", 0))
+    }
+
+
 def copy_figures(bench: Bench, conditions: Tensor, z: Tensor) -> dict[str, Any]:
     """Members and test patients with a sample nearer than the public threshold, as the audit counts them.
 
@@ -286,7 +312,7 @@ def copy_figures(bench: Bench, conditions: Tensor, z: Tensor) -> dict[str, Any]:
 
     kept = bench.folder / f"copy-distance-{len(z)}.json"
     if not kept.exists():
-        unrelated = bench.samples(bench.denoiser(), conditions, seed=SAMPLES_SEED + 200)
+        unrelated = bench.samples(bench.denoiser(), conditions, seed=SAMPLES_SEED + 200, guidance=1.0)
         calibrated = calibrate_copy_distance(
             bench.copy_space, patients(bench.unseen), unrelated_NCDHW=unrelated, device=bench.device
         )

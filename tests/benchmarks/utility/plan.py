@@ -159,6 +159,7 @@ def _small(
     return Job(
         kind=kind, public=SMALL[cohort], samples=160, copy_samples=0, task=SMALL_TASK[cohort],
         with_real=("smallest",), study=study, repeat=repeat, guidance=own if guidance is None else guidance,
+        same_noise=cohort == "adrenal",
     )  # fmt: skip
 
 

@@ -45,7 +45,8 @@ def write_report(cache: Path, out: Path = HERE, *, run: str = "two_cores") -> st
 
 
 def _cohort(cohort: str, jobs: Sequence[Row]) -> list[str]:
-    return [_real(cohort, jobs), _by_epsilon(cohort, jobs), _tries(cohort, jobs)]
+    tables = [_real(cohort, jobs), _by_epsilon(cohort, jobs), _tries(cohort, jobs)]
+    return [table for table in tables if table]
 
 
 def score(cohort: str, entries: Iterable[dict[str, float]]) -> list[float]:
@@ -176,6 +177,7 @@ def _by_epsilon(cohort: str, jobs: Sequence[Row]) -> str:
 COLUMNS = (
     "generator", "epsilon", "synthetic alone", "share of the way", "small hospital + synthetic",
     "all real + synthetic", "loss on test scans", "share, by loss", "copied members", "copied test",
+    "condition's effect",
 )  # fmt: skip
 
 
@@ -189,11 +191,13 @@ def _line(cohort: str, jobs: Sequence[Row], name: str, epsilon: str, group: Sequ
 
     loss = statistics.mean(_loss(job)[0] for job in group)
     synthetic = statistics.mean(scores("synthetic"))
+    effects = [x for job in group for x in _effect(job)]
     return (
         name, epsilon, _show(scores("synthetic")),
         _percent(way(jobs, synthetic, lambda job: score(cohort, job["values"]["synthetic"]))),
         _show(scores("smallest_and_synthetic")), _show(scores("all_and_synthetic")), f"{loss:.3f}",
         _percent(way(jobs, loss, _loss)), copies("members"), copies("test"),
+        _percent(statistics.mean(effects) if effects else None),
     )  # fmt: skip
 
 
@@ -201,8 +205,19 @@ def _loss(job: Row) -> list[float]:
     return [job["values"]["held_out_loss"]]
 
 
+def _effect(job: Row) -> list[float]:
+    """How much larger labels are under the rare condition, as a share of what they are among members."""
+
+    def difference(volumes: dict[str, dict[str, float]]) -> float:
+        return sum(volumes["rare"].values()) - sum(volumes["others"].values())
+
+    if "members_label_mm3" not in job["values"]:
+        return []
+    return [difference(job["values"]["label_mm3"]) / difference(job["values"]["members_label_mm3"])]
+
+
 def _percent(share: float | None) -> str:
-    return "" if share is None else f"{share:.0%}"
+    return "" if share is None else f"{round(100 * share) + 0}%"
 
 
 TRIED = ("mode", "epsilon", "trainable", "rounds", "learning_rate", "draws", "clip", "ema_decay")
@@ -216,9 +231,11 @@ def _tries(cohort: str, jobs: Sequence[Row]) -> str:
         line = _line(cohort, jobs, "", "", group)
         tried = [_value(study[name]) for name in TRIED]
         tried += [_value(group[0]["job"]["guidance"]), "preset's" if channels is None else str(channels)]
-        rows.append((*tried, *line[2:4], *line[6:9]))
-    rows.sort(key=lambda row: float(row[-3]))
-    columns = (*TRIED, "guidance", "latent channels", *COLUMNS[2:4], *COLUMNS[6:9])
+        rows.append((*tried, *line[2:4], *line[6:9], line[10]))
+    if not rows:
+        return ""
+    rows.sort(key=lambda row: float(row[-4]))
+    columns = (*TRIED, "guidance", "latent channels", *COLUMNS[2:4], *COLUMNS[6:9], COLUMNS[10])
     return "Every try, lowest loss first (losses of different latents do not compare):\n\n" + markdown(
         columns, rows
     )
@@ -229,10 +246,18 @@ def _value(value: Any) -> str:
 
 
 def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
+    """A Markdown table, without columns in which nothing stands."""
+    rows = list(rows)
+    filled = [k for k in range(len(columns)) if any(row[k] for row in rows)]
+    columns, rows = [columns[k] for k in filled], [[row[k] for k in filled] for row in rows]
+    if not rows:
+        return ""
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
+
+LEAST_SPAN = 0.08
+"""Of an axis of scores, so that differences within the scatter of trainings do not look large."""
 
 NO_NOISE = 25.0
 """Where the figure without noise stands on the axis of epsilon."""
@@ -243,12 +268,15 @@ def _curves(cohorts: dict[str, list[Row]], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.2 * max(1, len(cohorts)), 4.4), layout="constrained")
+    panels = len(cohorts) + ("adrenal" in cohorts)
+    figure = Figure(figsize=(4.3 * max(1, panels), 4.2), layout="constrained")
     FigureCanvasAgg(figure)
+    if "adrenal" in cohorts:
+        _effect_curve(figure.add_subplot(1, panels, panels), cohorts["adrenal"])
     for place, (cohort, jobs) in enumerate(cohorts.items(), start=1):
-        axes = figure.add_subplot(1, len(cohorts), place)
+        axes = figure.add_subplot(1, panels, place)
         _curve(axes, cohort, jobs)
-        axes.set_title(f"{cohort}: {WHAT[cohort]} trained on synthetic scans alone", fontsize=10)
+        axes.set_title(f"{cohort}: {WHAT[cohort]} trained on synthetic scans", fontsize=10)
     if cohorts:
         handles = {
             label: handle
@@ -256,7 +284,7 @@ def _curves(cohorts: dict[str, list[Row]], path: Path) -> None:
             for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
         }
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8)
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=78)
 
 
 def _curve(axes: Any, cohort: str, jobs: Sequence[Row]) -> None:
@@ -288,10 +316,36 @@ def _curve(axes: Any, cohort: str, jobs: Sequence[Row]) -> None:
         ]
         if values:
             axes.axhline(statistics.mean(values), color=colour, linestyle="--", linewidth=1.2, label=name)
+    low, high = axes.get_ylim()
+    spare = max(0.0, LEAST_SPAN - (high - low)) / 2
+    axes.set_ylim(low - spare, high + spare)
+    _of_epsilon(axes)
+    axes.set_ylabel(f"{AXIS[cohort]} on real test scans")
+
+
+def _effect_curve(axes: Any, jobs: Sequence[Row]) -> None:
+    """How far the rare condition changes glands, against epsilon, in mode ``distributed``."""
+    points: dict[float, list[float]] = {}
+    for job in headline(jobs):
+        study = job["job"]["study"]
+        if study["mode"] == "distributed":
+            x = NO_NOISE if study["epsilon"] is None else study["epsilon"]
+            points.setdefault(x, []).extend(100 * share for share in _effect(job))
+    xs = sorted(x for x in points if points[x])
+    axes.plot(xs, [statistics.mean(points[x]) for x in xs], "o-", color="#1b6ca8")
+    for x in xs:
+        axes.plot([x] * len(points[x]), points[x], ".", color="#1b6ca8", alpha=0.4)
+    axes.axhline(0.0, color="#edae49", linestyle="--", linewidth=1.2)
+    axes.set_ylim(-5, 50)
+    _of_epsilon(axes)
+    axes.set_ylabel("volume, rare minus normal, % of real")
+    axes.set_title("adrenal: what the rare condition does", fontsize=10)
+
+
+def _of_epsilon(axes: Any) -> None:
     axes.set_xscale("log")
     axes.set_xlim(0.8, 1.25 * NO_NOISE)
     axes.set_xticks([1, 3, 8, NO_NOISE], labels=["1", "3", "8", "no noise"])
     axes.minorticks_off()
     axes.grid(axis="y", alpha=0.25)
     axes.set_xlabel("epsilon per patient, at delta 1e-5")
-    axes.set_ylabel(f"{AXIS[cohort]} on real test scans")

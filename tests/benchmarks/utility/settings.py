@@ -69,6 +69,8 @@ class Job:
         copy_samples: Samples that members are compared with; 0: those that the task trains on.
         study: For kind ``study``: see :class:`Study`.
         guidance: Classifier-free guidance when sampling; 1 is none.
+        same_noise: Samples of each condition start from the same noise, as those of ``lacuna generate`` under
+            one seed do: what differs between conditions is then the condition alone.
         repeat: Decides the seeds of trainings and samples; the noise of a study is new every time.
     """
 
@@ -81,11 +83,17 @@ class Job:
     copy_samples: int = 512
     study: Study | None = None
     guidance: float = 1.0
+    same_noise: bool = False
     repeat: int = 0
 
     @property
     def key(self) -> str:
         return _key(f"{self.public.cohort}-{self.kind}", asdict(self))
+
+    @property
+    def weights_key(self) -> str:
+        """Of what the study trains, however it is then sampled."""
+        return _key("weights", {name: asdict(self)[name] for name in ("public", "study", "repeat")})
 
 
 @dataclass(frozen=True, kw_only=True)
