@@ -1,8 +1,7 @@
 """README's pictures: ``python -m tests.pictures DEMO --data DATA``, DEMO being what a demo on DATA left.
 
 Real scans shown are the demo's PUBLIC ones, of patients that pretraining held out where there are enough; no
-member's scan is opened. The figure of the utility benchmark is not made here: there is none until its tables
-are there.
+member's scan is opened. The curve of the utility benchmark is made by that benchmark.
 """
 
 from __future__ import annotations

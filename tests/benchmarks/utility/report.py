@@ -9,6 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from tests.benchmarks.utility.plan import STAGES, chosen_by
 from tests.benchmarks.utility.settings import Public, Study
 
@@ -285,6 +287,9 @@ def _curves(cohorts: dict[str, list[Row]], path: Path) -> None:
         }
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(path, dpi=78)
+    with Image.open(path) as picture:
+        small = picture.convert("RGB").quantize(256, method=Image.Quantize.MAXCOVERAGE)
+    small.save(path, optimize=True)
 
 
 def _curve(axes: Any, cohort: str, jobs: Sequence[Row]) -> None:
