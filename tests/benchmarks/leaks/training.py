@@ -105,6 +105,7 @@ class Effort:
     gradient_steps: tuple[int, ...] = ()
     studies: tuple[str, ...] = tuple(STUDIES)
     most_repetitions: int = 100
+    most_non_members: int = 10_000
     units: int = 10_000
 
 
@@ -112,8 +113,9 @@ FINE = Effort(steps=(0, 2, 4, 5, 6, 7, 8, 9, 10, 12, 15, 20))
 """Around the step at which an AUC of 0.7 is passed."""
 
 GRADIENTS = Effort(
-    autoencoder_steps=200, prior_steps=300, prior_copies=2, steps=(0, 5, 10, 20, 40, 80),
-    gradient_steps=(5, 10, 20, 40, 80), studies=("adrenal-100",), most_repetitions=1,
+    autoencoder_steps=200, prior_steps=300, prior_copies=2, steps=(0, 5, 15, 30, 60),
+    gradient_steps=(5, 15, 30, 60), studies=("adrenal-100",), most_repetitions=1,
+    most_non_members=GRADIENT_UNITS,
 )  # fmt: skip
 
 TOY = Effort(
@@ -198,7 +200,7 @@ def attack_repetition(
     z_NCDHW = public["z_NCDHW"]
     draw = np.random.default_rng([7, repetition]).permutation(units["pool"])
     members, rest = np.split(draw, [min(study.members, effort.units)])
-    non_members = units["unseen"] if units["unseen"].size else rest
+    non_members = (units["unseen"] if units["unseen"].size else rest)[: effort.most_non_members]
     attacked = np.concatenate([members, non_members])
     figures = Attacked.of(scans, attacked, z_NCDHW, study_name)
     prior = build_denoiser(preset_named(PRESET), n_conditions=1).to(device)
