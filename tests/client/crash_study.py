@@ -102,11 +102,15 @@ class CrashStudy(Trio):
         done, audited = 0, False
         prepared: ServerAttempt | None = None
         failures = 0
+        privacy = self.plan.privacy
+        left = {"train": privacy.max_attempts, "audit": privacy.max_audit_attempts}
         while failures < 6 and not audited:
-            if len(self.sent) >= self.plan.privacy.max_attempts:
+            task = self._task(done)
+            if not left[task["purpose"]]:
                 return
             try:
-                attempt = prepared or self.set_up(**self._task(done))
+                attempt = prepared or self.set_up(**task)
+                left[task["purpose"]] -= 1  # the others upload first, and are charged whatever becomes of it
                 prepared = self._pair(attempt, done)
             except SiteDiedError:
                 self.deaths.append((done + 1, self.last))

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from crash_points import POINTS, CrashPoints
 from crash_study import AgentProcesses, InProcessStudy, ProcessStudy, check_recovered
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 
@@ -57,6 +57,7 @@ def test_a_site_that_dies_at_a_named_point_recovers(make: Callable[[], InProcess
 @given(
     deaths=st.lists(st.tuples(st.sampled_from(POINTS), st.integers(1, 8)), min_size=1, max_size=4),
 )
+@example(deaths=[("before-check", 3), ("before-begin", 3)])
 def test_random_crash_schedules(make: Callable[[], InProcessStudy], deaths: list[tuple[str, int]]) -> None:
     """Up to four deaths in one study, each armed when the site is back from the one before."""
     study = make()
