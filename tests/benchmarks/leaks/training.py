@@ -113,8 +113,8 @@ FINE = Effort(steps=(0, 2, 4, 5, 6, 7, 8, 9, 10, 12, 15, 20))
 """Around the step at which an AUC of 0.7 is passed."""
 
 GRADIENTS = Effort(
-    autoencoder_steps=200, prior_steps=300, prior_copies=2, steps=(0, 5, 15, 30, 60),
-    gradient_steps=(5, 15, 30, 60), studies=("adrenal-100",), most_repetitions=1,
+    autoencoder_steps=200, prior_steps=300, prior_copies=2, steps=(0, 60, 160, 320),
+    gradient_steps=(60, 160, 320), studies=("adrenal-100",), most_repetitions=1,
     most_non_members=GRADIENT_UNITS,
 )  # fmt: skip
 
