@@ -8,6 +8,7 @@ from __future__ import annotations
 import http.server
 import json
 import os
+import secrets
 import shutil
 import socket
 import ssl
@@ -41,9 +42,15 @@ def find_program(name: str, package: str) -> str:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port nobody listens on, below those that the kernel gives out to clients meanwhile."""
+    while True:
+        port = 20000 + secrets.randbelow(12000)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
 
 
 class EchoSuperLink:

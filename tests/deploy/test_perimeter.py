@@ -14,7 +14,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from perimeter_pair import PerimeterPair, Site, ask, certificate_context, find_program
+from perimeter_pair import PerimeterPair, Site, ask, certificate_context, find_program, free_port
 
 from deploy.perimeter import ROUTES, Limits
 from shared.certificates import (
@@ -347,18 +347,18 @@ def test_a_sites_perimeter_talks_to_its_coordinator_alone(
     impostor = EchoSuperLink(tmp_path)
     impostor.start()
     try:
-        folder = tmp_path / "site"
+        folder, port = tmp_path / "site", free_port()
         write_site_perimeter(
             north.network,
             folder,
-            listen=f"127.0.0.1:{pair.superlink.port + 1}",
+            listen=f"127.0.0.1:{port}",
             address=f"127.0.0.1:{impostor.port}",
         )
         nginx = Nginx(folder / "perimeter" / "nginx.conf", tmp_path / "prefix")
-        nginx.start(pair.superlink.port + 1)
+        nginx.start(port)
         try:
             inner = certificate_context(folder / "supernode" / "perimeter-ca.pem")
-            answer = ask(pair.superlink.port + 1, inner, PULL, headers=north.headers)
+            answer = ask(port, inner, PULL, headers=north.headers)
             assert answer == (502, {"refused": "coordinator_unreachable"})
             assert impostor.seen == []
         finally:
@@ -384,7 +384,7 @@ def test_a_supernode_is_told_to_try_again_where_flower_would_give_up(
     pair: PerimeterPair, tmp_path: Path, north: Site, status: int, told: int
 ) -> None:
     """A SuperNode outlives 502, 503 and 504 alone; what it must act on (401, 403) comes through as it is."""
-    from perimeter_pair import Nginx, free_port
+    from perimeter_pair import Nginx
 
     from deploy.perimeter import write_site_perimeter
 
