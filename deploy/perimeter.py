@@ -94,6 +94,8 @@ def write_coordinator_perimeter(
     host, _, port = authority.address.rpartition(":")
     authority.write_revocation_list(now=at)
     good = [line for line in authority.index() if line.good(at)]
+    sites = tuple(sorted({line.site_id for line in good}))
+    limits = limits or Limits()
     entries = [
         {"serial": line.serial, "node_key": node_key_header(line.node_key), "site_id": line.site_id}
         for line in good
@@ -113,8 +115,8 @@ def write_coordinator_perimeter(
             "host": host,
             "listen": listen or port,
             "superlink": f"127.0.0.1:{superlink_port}",
-            "limits": limits or Limits(),
-            "polls_a_minute": _polls_a_minute(len({line.site_id for line in good}), limits or Limits()),
+            "limits": limits,
+            "polls_a_minute": _polls_a_minute(len(sites), limits),
             "routes": ROUTES,
         }
         _render("coordinator.conf.j2", parts["perimeter"] / "nginx.conf", values)
@@ -129,7 +131,7 @@ def write_coordinator_perimeter(
         write_private(parts["operator"] / "config.toml", config.encode())
     except OSError as error:
         raise UsageError(f"{out} cannot be written: {error.strerror}") from error
-    return tuple(sorted({line.site_id for line in good}))
+    return sites
 
 
 def _polls_a_minute(sites: int, limits: Limits) -> int | None:

@@ -292,14 +292,11 @@ class StudyStore:
 
     def driven(self) -> bool:
         """Whether a driver holds the study at this moment."""
-        descriptor = os.open(self.root / ".driver.lock", os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            with self.exclusively(wait_s=0):
+                return False
+        except CoordinatorError:
             return True
-        finally:
-            os.close(descriptor)
-        return False
 
     # events
 
