@@ -46,7 +46,8 @@ NOISE_DRAWS = 8
 LEAST_SCORES = 20
 """Of a group; an attack that its time limit left with fewer has no figure."""
 
-ATTACKS = ("calibrated_loss", "sima", "pia", "secmi", "gradient_norm")
+ATTACKS = ("calibrated_loss", "sima", "pia", "secmi")
+"""Of the large runs; the gradient norm has a run of its own (:func:`judge_gradients`)."""
 
 Floats = NDArray[np.float64]
 
@@ -89,6 +90,8 @@ def collect_scores(folder: Path, out: Path = SCORES) -> None:
             if len(archive["steps_K"]) < most:
                 continue
             for name in archive.files:
+                if name == "gradient_norm":
+                    continue
                 value = archive[name]
                 if name in ATTACKS[1:]:
                     ranks = stats.rankdata(value, axis=1, method="min", nan_policy="omit")

@@ -26,10 +26,7 @@ NAMES = {
     "sima": "SimA",
     "pia": "PIA",
     "secmi": "SecMI",
-    "gradient_norm": "gradient norm",
 }
-TABULATED = ATTACKS[:-1]
-"""Attacks of the large runs: all but the gradient norm."""
 AUC_LIMIT = 0.70
 
 INTRO = (
@@ -70,8 +67,8 @@ def write_table(
             f"on exact scores as a hospital sees them, lies above {DEFAULT_MAX_AUC:.2f}. Gate: share of "
             "verdicts that block.",
             "",
-            f"| step | {' | '.join([NAMES[a] for a in TABULATED] + [f'gate, {s}' for s in SETTINGS])} |",
-            "| ---: |" + " ---: |" * (len(TABULATED) + len(SETTINGS)),
+            f"| step | {' | '.join([NAMES[a] for a in ATTACKS] + [f'gate, {s}' for s in SETTINGS])} |",
+            "| ---: |" + " ---: |" * (len(ATTACKS) + len(SETTINGS)),
         ]
         parts += [_line(row) for row in own]
         parts += ["", *_conclusions(own), ""]
@@ -104,7 +101,7 @@ def _gradients(rows: Sequence[GradientRow]) -> list[str]:
 
 def _line(row: Row) -> str:
     cells = [str(row.step)]
-    for name in TABULATED:
+    for name in ATTACKS:
         value, seen = row.aucs[name], row.seen[name]
         cells.append("" if value is None or seen is None else f"{value:.3f} ({seen:.2f})")
     for setting in SETTINGS:
@@ -165,7 +162,7 @@ def draw_plot(rows: Mapping[str, Sequence[Row]], path: Path) -> None:
         low = [row.true_auc - row.spread for row in own]
         high = [row.true_auc + row.spread for row in own]
         panel.fill_between(steps, low, high, color="tab:blue", alpha=0.15, linewidth=0)
-        for name in TABULATED:
+        for name in ATTACKS:
             known = [(row.step, row.aucs[name]) for row in own if row.aucs[name] is not None]
             width = 2.0 if name == "calibrated_loss" else 1.0
             panel.plot(*zip(*known, strict=True), label=f"AUC, {NAMES[name]}", linewidth=width, marker=".")
