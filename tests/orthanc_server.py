@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import time
 from collections.abc import Iterable, Iterator
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import requests
+from loopback_ports import free_ports
 
 PROGRAM = Path("/usr/sbin/Orthanc")
 DICOMWEB = Path("/usr/share/orthanc/plugins/libOrthancDicomWeb.so")
@@ -65,7 +65,7 @@ def running_orthanc(
         if os.environ.get("LACUNA_REQUIRE_SERVERS") == "1":
             pytest.fail(reason)
         pytest.skip(reason)
-    http_port, dicom_port = _free_ports(2)
+    http_port, dicom_port = free_ports(2)
     configuration = {
         "Name": "test", "StorageDirectory": str(folder / "storage"),
         "IndexDirectory": str(folder / "storage"),
@@ -90,13 +90,3 @@ def running_orthanc(
         finally:
             process.terminate()
             process.wait(timeout=60)
-
-
-def _free_ports(count: int) -> list[int]:
-    held = [socket.socket() for _ in range(count)]
-    for one in held:
-        one.bind(("127.0.0.1", 0))
-    ports = [int(one.getsockname()[1]) for one in held]
-    for one in held:
-        one.close()
-    return ports

@@ -51,7 +51,8 @@ from server.study_store import StudyStore  # noqa: E402
 from shared.enrolment import open_request  # noqa: E402
 from shared.plan_package import PlanPackage  # noqa: E402
 from tests.benchmarks.load_nodes import NodeFiles, speak_for  # noqa: E402
-from tests.deploy.loopback_services import LoopbackServices, free_port  # noqa: E402
+from tests.deploy.loopback_services import LoopbackServices  # noqa: E402
+from tests.loopback_ports import free_port  # noqa: E402
 
 SITES, PARAMETERS, ROUNDS = (5, 10, 20, 50), 10_000_000, 3
 SAMPLE_S = 0.25

@@ -46,10 +46,10 @@ from tests.deploy.loopback_services import (
     HOSPITAL,
     LoopbackServices,
     OperationFailedError,
-    free_port,
     libfaketime,
 )
 from tests.deploy.networked_demo import NetworkedDemo
+from tests.loopback_ports import free_port
 
 SITES, PATIENTS = 4, 12
 AGENT = Path(__file__).parent / "recording_agent.py"

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import os
 import resource
-import secrets
 import shutil
 import signal
 import socket
@@ -34,6 +33,7 @@ from deploy.perimeter import Limits, write_coordinator_perimeter, write_site_per
 from deploy.supervised import RunningProcess, SupervisedProcesses
 from server.coordinator_home import CoordinatorHome
 from tests.deploy.link_relay import LinkRelay
+from tests.loopback_ports import free_port
 
 REPOSITORY = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -397,18 +397,6 @@ def wrong_clock(seconds: int) -> dict[str, str]:
     library = libfaketime()
     assert library is not None, "libfaketime is installed where clocks are to be wrong"
     return {"LD_PRELOAD": str(library), "FAKETIME": f"{seconds:+d}", "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
-
-
-def free_port() -> int:
-    """A port nobody listens on, below those that the kernel gives out: it is bound again after each kill."""
-    while True:
-        port = 20000 + secrets.randbelow(12000)
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
 
 
 def answers(port: int) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import http.server
 import json
 import os
-import secrets
 import shutil
 import socket
 import ssl
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from loopback_ports import free_port
 
 from client.site_home import SiteHome, init_site
 from client.site_network import SiteNetwork
@@ -39,18 +39,6 @@ def find_program(name: str, package: str) -> str:
             pytest.fail(reason)
         pytest.skip(reason)
     return program
-
-
-def free_port() -> int:
-    """A port nobody listens on, below those that the kernel gives out to clients meanwhile."""
-    while True:
-        port = 20000 + secrets.randbelow(12000)
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
 
 
 class EchoSuperLink:

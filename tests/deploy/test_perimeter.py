@@ -14,7 +14,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from perimeter_pair import PerimeterPair, Site, ask, certificate_context, find_program, free_port
+from loopback_ports import free_port
+from perimeter_pair import PerimeterPair, Site, ask, certificate_context, find_program
 
 from deploy.perimeter import ROUTES, Limits
 from shared.certificates import (

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 from in_memory_consortium import Consortium
-from loopback_services import LoopbackServices, OperationFailedError, free_port
+from loopback_ports import free_port
+from loopback_services import LoopbackServices, OperationFailedError
 from perimeter_pair import find_program
 
 from deploy.flower_run import run_flower
