@@ -12,7 +12,7 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from datetime import UTC, date, datetime
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -58,7 +58,7 @@ class SitePolicy(BaseModel):
     min_holdout_share: float = Field(default=0.1, ge=0, lt=1)
     allowed_modes: tuple[Mode, ...] = ("distributed", "local")
     allowed_presets: tuple[Identifier, ...] = ("micro", "tiny", "base", "h200")
-    allowed_trainable: tuple[TrainableSubset, ...] = ("all", "attention", "conditioning", "low_rank")
+    allowed_trainable: tuple[TrainableSubset, ...] = get_args(TrainableSubset)
     allow_unprotected: bool = False
     """True admits mode ``unprotected``, which plans may use with simulated data only."""
     max_auc: float = Field(default=0.55, ge=0.5, lt=1)

@@ -30,7 +30,7 @@ from shared.canonical import canonical_json, parse_json
 from shared.errors import SiteError
 from shared.home import write_private
 from shared.model.autoencoder import LatentAutoencoder, build_autoencoder
-from shared.model.candidate import load_prior, write_candidate
+from shared.model.candidate import candidate_network, load_prior, write_candidate
 from shared.model.conditioning import ConditionTable
 from shared.model.copy_embedding import load_copy_embedding
 from shared.model.denoiser import Denoiser, assign
@@ -157,8 +157,7 @@ class SiteWorkbench:
         return counts + noise
 
     def _audit(self, weights: NDArray[np.float32], attempt: int) -> LocalAudit:
-        candidate, parameters = load_prior(self._plan, self._package.prior)
-        assign(parameters, weights)
+        candidate = candidate_network(self._plan, self._package.prior, weights)
         audit = audit_candidate(
             plan=self._plan,
             public_denoiser=self._public,

@@ -45,7 +45,7 @@ SITE_EVIDENCE = ("mechanism-audits", "canary-openings")
 Identifier = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
 PublicKeyHex = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Sha256Hex = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-TrainableSubset = Literal["all", "attention", "conditioning", "low_rank"]
+TrainableSubset = Literal["all", "attention", "class_embedding", "conditioning", "low_rank"]
 Mode = Literal["distributed", "local", "unprotected"]
 
 

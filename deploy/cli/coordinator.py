@@ -196,7 +196,9 @@ def plan_group() -> None:
 @click.option(
     "--sampling-rate", type=float, default=1.0, show_default=True, help="Chance to join a step (Poisson)."
 )
-@click.option("--trainable", type=click.Choice(["all", "attention", "conditioning", "low_rank"]))
+@click.option(
+    "--trainable", type=click.Choice(["all", "attention", "class_embedding", "conditioning", "low_rank"])
+)
 @click.option("--clip-norm", type=float, help="Default: measured on public data.")
 @click.option("--learning-rate", type=float, help="Of the server's Adam.")
 @click.option("--local-steps", type=int, default=1, show_default=True)

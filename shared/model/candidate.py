@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.model.conditioning import ConditionTable
-from shared.model.denoiser import Denoiser, NamedParameters, assign, build_denoiser, parameter_subset
+from shared.model.denoiser import Denoiser, NamedParameters, assign_trained, build_denoiser, parameter_subset
 from shared.model.presets import preset_named
 from shared.model.weights import load_weights, save_weights
 from shared.study_plan import StudyPlan
@@ -34,14 +34,20 @@ def load_prior(plan: StudyPlan, prior: Path) -> tuple[Denoiser, NamedParameters]
     return denoiser, parameter_subset(denoiser, plan.model.trainable)
 
 
+def candidate_network(plan: StudyPlan, prior: Path, vector: NDArray[np.float32]) -> Denoiser:
+    """The network that prior and vector make: what is audited is what is written."""
+    denoiser, parameters = load_prior(plan, prior)
+    assign_trained(denoiser, parameters, vector)
+    return denoiser
+
+
 def write_candidate(plan: StudyPlan, prior: Path, vector: NDArray[np.float32], path: Path) -> str:
     """Write the candidate's weights (float32) and return the file's hex SHA-256.
 
     Adapters of ``low_rank`` are kept apart, not merged: a product of matrices would differ between
     machines in its last bits, and with it the hash.
     """
-    denoiser, parameters = load_prior(plan, prior)
-    assign(parameters, vector)
+    denoiser = candidate_network(plan, prior, vector)
     return save_weights(denoiser, path, {"plan_sha256": plan.digest().hex()})
 
 

@@ -141,7 +141,7 @@ def build_denoiser(
         return Denoiser(preset, n_conditions=n_conditions, covariate_sizes=tuple(covariate_sizes))
 
 
-PRIVATE_SUBSETS: tuple[str, ...] = ("all", "attention", "conditioning", "low_rank")
+PRIVATE_SUBSETS: tuple[str, ...] = ("all", "attention", "class_embedding", "conditioning", "low_rank")
 """Which parameters may train privately; a plan names one."""
 
 NamedParameters = list[tuple[str, nn.Parameter]]
@@ -152,6 +152,8 @@ def parameter_subset(denoiser: Denoiser, name: str) -> NamedParameters:
 
     - ``all``: every parameter;
     - ``attention``: self-attention layers with their normalisation;
+    - ``class_embedding``: the embeddings of conditions and covariates alone. A few hundred numbers, so that
+      little noise is added up; the prior must be able to draw what the conditions differ in;
     - ``conditioning``: condition embedding, timestep MLP, and each residual block's projection of them;
     - ``low_rank``: adapters (:mod:`shared.model.low_rank`), inserted here where they are missing;
       ``merge_low_rank`` gives the plain network back.
@@ -182,12 +184,30 @@ def _belongs(parameter_name: str, subset: str) -> bool:
     match subset:
         case "attention":
             return bool(parts & {"attentions", "attention"})
+        case "class_embedding":
+            return "class_embedding" in parts
         case "conditioning":
             return bool(parts & {"class_embedding", "time_embed", "time_emb_proj"})
         case "low_rank":
             return bool(parts & {"down", "up"})
         case _:
             return True
+
+
+@torch.no_grad()
+def assign_trained(denoiser: Denoiser, params: NamedParameters, vector: NDArray[np.float32]) -> None:
+    """:func:`assign` what a study trained, and leave the null class its public row.
+
+    Every member's scan has a condition, so no gradient reaches the null class's row and all that a study adds
+    to it is noise; guidance would carry that into every sample. Post-processing: it costs no privacy.
+
+    Raises:
+        UsageError: as :func:`assign`.
+    """
+    table = denoiser.unet.class_embedding.table.weight
+    public = table[denoiser.null_index].clone()
+    assign(params, vector)
+    table[denoiser.null_index] = public
 
 
 def flatten(params: NamedParameters) -> NDArray[np.float32]:

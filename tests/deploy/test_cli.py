@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 import pytest
@@ -369,3 +369,13 @@ def test_a_plan_whose_sums_could_wrap_is_not_signed(run: Any, tmp_path: Path) ->
     assert told.code == 20
     assert "the training sum of 3 sites can leave the range of 32 bits" in told.err
     assert not (draft.parent / "plan").exists()
+
+
+def test_a_plan_may_train_any_subset() -> None:
+    """The command line lists them itself, so that its help needs no plan's schema."""
+    from deploy.cli.coordinator import command
+    from shared.model.denoiser import PRIVATE_SUBSETS
+    from shared.study_plan import TrainableSubset
+
+    offered = [p.type for p in command.commands["plan"].commands["new"].params if p.name == "trainable"]
+    assert set(offered[0].choices) == set(PRIVATE_SUBSETS) == set(get_args(TrainableSubset))

@@ -25,7 +25,7 @@ from server.public_calibration import public_patients
 from shared.model.autoencoder import LatentAutoencoder, build_autoencoder
 from shared.model.conditioning import ConditionTable
 from shared.model.copy_embedding import load_copy_embedding
-from shared.model.denoiser import Denoiser, assign, build_denoiser, parameter_subset
+from shared.model.denoiser import Denoiser, assign_trained, build_denoiser, parameter_subset
 from shared.model.presets import PRESETS, preset_named
 from shared.model.sampling import initial_noise, sample_latents
 from shared.model.shipped import PretrainedPair, read_pair
@@ -119,7 +119,7 @@ class Bench:
         network = build_denoiser(preset_named(self.preset), n_conditions=len(self.cohort.conditions))
         load_weights(network, self.pair.prior_path)
         if weights is not None:
-            assign(parameter_subset(network, trainable), weights)
+            assign_trained(network, parameter_subset(network, trainable), weights)
         return network.requires_grad_(False).eval().to(self.device)
 
     @cached_property

@@ -13,6 +13,7 @@ from shared.model.denoiser import (
     PRIVATE_SUBSETS,
     Denoiser,
     assign,
+    assign_trained,
     build_denoiser,
     flatten,
     parameter_subset,
@@ -105,8 +106,26 @@ def test_subsets_are_sorted_nested_and_freeze_the_rest() -> None:
     assert "unet.class_embedding.table.weight" in conditioning
     assert any("time_emb_proj" in name for name in conditioning)
     assert not any("conv" in name or "attn" in name for name in conditioning)
+    embedding = {name for name, _ in parameter_subset(denoiser, "class_embedding")}
+    assert embedding == {name for name in conditioning if "class_embedding" in name}
     with pytest.raises(UsageError, match="no such"):
         parameter_subset(denoiser, "everything")
+
+
+@pytest.mark.parametrize("subset", PRIVATE_SUBSETS)
+def test_noise_on_the_null_class_is_not_released(subset: str) -> None:
+    """The vector's null row is noise alone: what trained is assigned, the null class stays public."""
+    public, trained = _denoiser(), _denoiser()
+    params = parameter_subset(trained, subset)
+    vector = flatten(params) + 1
+    assign_trained(trained, params, vector)
+    before, after = (network.unet.class_embedding.table.weight for network in (public, trained))
+    null = public.null_index
+    assert torch.equal(before[null], after[null])
+    if subset in ("all", "class_embedding", "conditioning"):
+        assert torch.allclose(after[:null], before[:null] + 1)
+        assign(params, vector)
+        assert not torch.equal(before[null], after[null])
 
 
 def test_flatten_and_assign_are_inverse_and_check_before_they_write() -> None:
