@@ -33,9 +33,11 @@ CHANGES: dict[str, list[dict[str, Any]]] = {
         {"trainable": "low_rank", "learning_rate": 3e-3},
         {"trainable": "conditioning"},
         {"trainable": "attention"},
+        {"trainable": "class_embedding", "clip": 0.3, "draws": 8},
     ],
     "adrenal": [
         {},
+        {"trainable": "class_embedding", "draws": 8},
         {"learning_rate": 3e-3},
         {"trainable": "all"},
         {"trainable": "all", "learning_rate": 3e-4},
@@ -120,142 +122,112 @@ def toy(cache: Path) -> list[Job]:
 
 SMALL = {
     "hippocampus": Public(
-        cohort="hippocampus", coarse=True, preset="micro", latent_channels=8, autoencoder_steps=600,
-        prior_steps=200, embedding_steps=50, bfloat16=True,
+        cohort="hippocampus", coarse=True, preset="micro", latent_channels=8, autoencoder_steps=1200,
+        prior_steps=600, embedding_steps=50, bfloat16=True,
     ),
     "adrenal": Public(
-        cohort="adrenal", coarse=True, preset="micro", latent_channels=8, autoencoder_steps=600,
-        batch_size=16, prior_steps=200, embedding_steps=50, bfloat16=True,
+        cohort="adrenal", coarse=True, preset="micro", latent_channels=8, autoencoder_steps=1500,
+        batch_size=16, prior_steps=1500, embedding_steps=50, bfloat16=True,
     ),
 }  # fmt: skip
 """Networks that one core trains in minutes: a hippocampus is 8 x 4 x 6 x 4 numbers, a gland 8 x 4 x 4 x 4."""
 
 SMALL_TASK = {
     "hippocampus": Task(steps=150),
-    "adrenal": Task(steps=150, batch_size=16, small=True),
+    "adrenal": Task(steps=300, batch_size=16, small=True),
 }
-SMALL_STUDY = {
-    "hippocampus": Study(epsilon=8.0, rounds=20),
-    "adrenal": Study(epsilon=8.0, rounds=20, trainable="conditioning", clip=0.3),
-}
+SMALL_SAMPLES = {"hippocampus": 160, "adrenal": 320}
+SMALL_GUIDANCE = {"hippocampus": 1.0, "adrenal": 3.0}
+SMALL_STUDY = Study(epsilon=8.0, rounds=20, draws=8, trainable="class_embedding", clip=0.3)
 SMALL_CHANGES: dict[str, list[dict[str, Any]]] = {
-    "hippocampus": [{"learning_rate": 3e-4}, {"trainable": "conditioning", "clip": 0.3}],
-    "adrenal": [{"learning_rate": 3e-3}, {"trainable": "all", "clip": 0.5, "learning_rate": 3e-4}],
+    "hippocampus": [
+        {"trainable": "conditioning"},
+        {"trainable": "conditioning", "epsilon": None},
+        {"trainable": "attention"},
+        {"trainable": "low_rank"},
+        {"trainable": "all", "clip": 0.5, "learning_rate": 3e-4},
+        {"trainable": "all", "clip": 0.5, "learning_rate": 3e-4, "epsilon": None},
+        {"draws": 32},
+        {"rounds": 40, "ema_decay": 0.95},
+        {"clip": 0.1},
+        {"learning_rate": 3e-3},
+    ],
+    "adrenal": [
+        {"trainable": "conditioning"},
+        {"trainable": "conditioning", "epsilon": None},
+        {"trainable": "all", "clip": 0.5, "learning_rate": 3e-4},
+        {"draws": 4},
+        {"rounds": 40, "ema_decay": 0.95},
+    ],
 }
-FURTHER_CHANGES: list[dict[str, Any]] = [
-    {"trainable": "low_rank", "clip": 0.3},
-    {"trainable": "attention", "clip": 0.3},
-]
-
-
-SMALL_GUIDANCE = {"hippocampus": 1.0, "adrenal": 2.0}
-"""That of the cohort's own preset."""
 
 
 def _small(
-    cohort: str, kind: Any, *, study: Study | None = None, repeat: int = 0, guidance: float | None = None
+    cohort: str,
+    kind: Any,
+    *,
+    study: Study | None = None,
+    repeat: int = 0,
+    repeats: int = 1,
+    with_real: tuple[str, ...] = ("smallest", "all"),
+    guidance: float | None = None,
 ) -> Job:
     own = SMALL_GUIDANCE[cohort] if kind in ("prior", "study") else 1.0
     return Job(
-        kind=kind, public=SMALL[cohort], samples=160, copy_samples=0, task=SMALL_TASK[cohort],
-        with_real=("smallest",), study=study, repeat=repeat, guidance=own if guidance is None else guidance,
-        same_noise=cohort == "adrenal",
+        kind=kind, public=SMALL[cohort], samples=SMALL_SAMPLES[cohort], copy_samples=0,
+        task=SMALL_TASK[cohort], with_real=with_real, study=study, repeat=repeat, repeats=repeats,
+        guidance=own if guidance is None else guidance, same_noise=cohort == "adrenal",
     )  # fmt: skip
 
 
-def _levels(cohort: str, study: Study, repeat: int = 0) -> list[Job]:
-    """Real scans, the autoencoder's ceiling, the prior, no noise, the study's epsilon."""
+def _levels(cohort: str, repeat: int) -> list[Job]:
+    """Real scans, the autoencoder's ceiling, the prior, no noise, epsilon 8."""
     jobs = [_small(cohort, kind, repeat=repeat) for kind in ("real", "ceiling", "prior")]
-    studies = (replace(study, epsilon=None), study)
-    return jobs + [_small(cohort, "study", study=each, repeat=repeat) for each in studies]
+    studies = (replace(SMALL_STUDY, epsilon=None), SMALL_STUDY)
+    return jobs + [_small(cohort, "study", study=study, repeat=repeat) for study in studies]
 
 
-def _tried(cohort: str) -> list[Job]:
-    studies = [replace(SMALL_STUDY[cohort], **change) for change in ({}, *SMALL_CHANGES[cohort])]
-    return [_small(cohort, "study", study=study) for study in studies]
-
-
-def small_choice(cache: Path) -> dict[str, Study]:
-    """As :func:`choose`: hippocampus by public loss, adrenal beforehand."""
-    studies = {**SMALL_STUDY}
-    losses = {
-        job.study: json.loads(path.read_text())["values"]["public_loss"]
-        for job in _tried("hippocampus")
-        if (path := cache / f"{job.key}.json").exists() and job.study is not None
-    }
-    if losses:
-        studies["hippocampus"] = min(losses, key=lambda study: losses[study])
-    return studies
-
-
-def hippocampus(cache: Path) -> list[Job]:
-    """Real scans, ceiling, prior, no noise and epsilon 8, untuned."""
+def levels(cache: Path) -> list[Job]:
+    """The cells that everything else is compared with."""
     del cache
-    return _levels("hippocampus", SMALL_STUDY["hippocampus"])
-
-
-def adrenal(cache: Path) -> list[Job]:
-    """The same."""
-    del cache
-    return _levels("adrenal", SMALL_STUDY["adrenal"])
-
-
-def tries_of_hippocampus(cache: Path) -> list[Job]:
-    """Other choices at epsilon 8."""
-    del cache
-    return _tried("hippocampus")
-
-
-def tries_of_adrenal(cache: Path) -> list[Job]:
-    """Without guidance; other choices at epsilon 8."""
-    del cache
-    study = SMALL_STUDY["adrenal"]
-    unguided = [
-        _small("adrenal", "study", study=each, guidance=1.0) for each in (study, replace(study, epsilon=None))
-    ]
-    return [_small("adrenal", "prior", guidance=1.0), *unguided, *_tried("adrenal")]
+    return [job for cohort in SMALL for job in _levels(cohort, 0)]
 
 
 def epsilons(cache: Path) -> list[Job]:
-    """Epsilon 1 and 3, mode ``local`` and no noise, under the chosen setting."""
-    chosen = small_choice(cache)
-    changes: list[dict[str, Any]] = [{"epsilon": 1.0}, {"epsilon": 3.0}, {"mode": "local"}, {"epsilon": None}]
+    """Other budgets, and mode ``local``."""
+    del cache
+    changes: list[dict[str, Any]] = [{"epsilon": 1.0}, {"epsilon": 3.0}, {"epsilon": 10.0}]
+    changes += [{"mode": "local"}, {"mode": "local", "epsilon": 1.0}]
     return [
-        _small(cohort, "study", study=replace(chosen[cohort], **change))
-        for cohort in ("adrenal", "hippocampus")
+        _small(cohort, "study", study=replace(SMALL_STUDY, **change), repeats=2)
+        for cohort in SMALL
         for change in changes
     ]
 
 
 def repeated(cache: Path) -> list[Job]:
-    """The levels once more, with other seeds and noise."""
-    chosen = small_choice(cache)
-    return [
-        job
-        for cohort in ("adrenal", "hippocampus")
-        for job in _levels(cohort, chosen[cohort], repeat=1)[::-1]
-    ]
-
-
-def further_tries(cache: Path) -> list[Job]:
-    """Subsets that hold no row of the conditions."""
+    """The levels twice more, with other seeds and noise."""
     del cache
-    return [
-        _small("hippocampus", "study", study=replace(SMALL_STUDY["hippocampus"], **change))
-        for change in FURTHER_CHANGES
+    return [job for repeat in range(1, REPEATS) for cohort in SMALL for job in _levels(cohort, repeat)]
+
+
+def small_tries(cache: Path) -> list[Job]:
+    """Other choices at epsilon 8 (some without noise); other guidance of the same release."""
+    del cache
+    jobs = [
+        _small("adrenal", kind, study=study, guidance=guidance, repeats=2, with_real=())
+        for guidance in (2.0, 1.0)
+        for kind, study in (("prior", None), ("study", SMALL_STUDY))
+    ]
+    return jobs + [
+        _small(cohort, "study", study=replace(SMALL_STUDY, **change), repeats=2, with_real=())
+        for cohort in SMALL
+        for change in SMALL_CHANGES[cohort]
     ]
 
 
 STAGES: dict[str, tuple[Callable[[Path], list[Job]], ...]] = {
-    "two_cores": (
-        hippocampus,
-        adrenal,
-        tries_of_hippocampus,
-        epsilons,
-        tries_of_adrenal,
-        repeated,
-        further_tries,
-    ),
+    "two_cores": (levels, epsilons, repeated, small_tries),
     "all": (tries, headline),
     "toy": (toy,),
 }
@@ -265,7 +237,6 @@ STAGES: dict[str, tuple[Callable[[Path], list[Job]], ...]] = {
 def chosen_by(name: str, cache: Path) -> dict[str, tuple[Public, Study, float]]:
     """Networks, setting and guidance of a run's tables; its other studies are tries."""
     if name == "two_cores":
-        studies = small_choice(cache)
-        return {cohort: (SMALL[cohort], studies[cohort], SMALL_GUIDANCE[cohort]) for cohort in SMALL}
+        return {cohort: (SMALL[cohort], SMALL_STUDY, SMALL_GUIDANCE[cohort]) for cohort in SMALL}
     studies = choose(cache)
     return {public.cohort: (public, studies[public.cohort], 1.0) for public in COHORTS}

@@ -341,7 +341,7 @@ def _effect_curve(axes: Any, jobs: Sequence[Row]) -> None:
     for x in xs:
         axes.plot([x] * len(points[x]), points[x], ".", color="#1b6ca8", alpha=0.4)
     axes.axhline(0.0, color="#edae49", linestyle="--", linewidth=1.2)
-    axes.set_ylim(-5, 50)
+    axes.set_ylim(-5, 70)
     _of_epsilon(axes)
     axes.set_ylabel("volume, rare minus normal, % of real")
     axes.set_title("adrenal: what the rare condition does", fontsize=10)
@@ -350,7 +350,7 @@ def _effect_curve(axes: Any, jobs: Sequence[Row]) -> None:
 def _of_epsilon(axes: Any) -> None:
     axes.set_xscale("log")
     axes.set_xlim(0.8, 1.25 * NO_NOISE)
-    axes.set_xticks([1, 3, 8, NO_NOISE], labels=["1", "3", "8", "no noise"])
+    axes.set_xticks([1, 3, 8, 10, NO_NOISE], labels=["1", "3", "8", "10", "no noise"])
     axes.minorticks_off()
     axes.grid(axis="y", alpha=0.25)
     axes.set_xlabel("epsilon per patient, at delta 1e-5")
