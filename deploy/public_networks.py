@@ -19,16 +19,14 @@ from server.pretrain import (
     default_recipe,
     held_out_patients,
     pretrain,
-    public_data_sha256,
     public_phantoms,
     recipe_covariates,
 )
 from server.public_calibration import calibrate_public, save_calibration
 from server.public_segmenter import default_segmenter_schedule
-from server.release_quality import PublicScans
+from server.release_quality import PublicScans, split_by_training
 from shared.errors import CoordinatorError, UsageError
 from shared.home import private_directory
-from shared.model.conditioning import ConditionTable
 from shared.model.presets import preset_named
 from shared.model.shipped import (
     AUTOENCODER_FILE,
@@ -216,11 +214,12 @@ def read_public(
 def scans_to_evaluate(folder: Path, source: PublicSource | None) -> tuple[PretrainedPair, PublicScans]:
     """The study's public networks, and public scans to hold its release against.
 
-    Where the source has the very scans that pretraining had, the patients that it held out count; other scans
-    count all. Without a source: simulated scans of all conditions, for the pair that ships.
+    A patient counts if pretraining trained on none of the patient's scans, known by their masks. Without a
+    source: simulated scans of all conditions, for the pair that ships.
 
     Raises:
-        CoordinatorError: a public scan is not sound; every problem is named.
+        CoordinatorError: a public scan is not sound (every problem is named), or the recipe does not say what
+            its networks were trained on.
         UsageError: the folder has no networks.
     """
     pair = read_pair(folder)
@@ -243,20 +242,7 @@ def scans_to_evaluate(folder: Path, source: PublicSource | None) -> tuple[Pretra
     covariates = recipe_covariates(recipe)
     grid = CanonicalGrid(shape=preset.grid_shape, spacing_mm=preset.spacing_mm)
     volumes = read_public(source, grid, conditions=names, labels=labels, covariates=covariates)
-    sha256 = public_data_sha256(
-        volumes, ConditionTable(names, covariates), n_labels=len(labels), preset=preset
-    )
-    if sha256 != recipe["data"]["sha256"]:
-        return pair, PublicScans(
-            held_out=volumes, further=(), description="They are other scans than pretraining had"
-        )
-    patients = {volume.patient_id for volume in volumes}
-    unseen = set(held_out_patients(patients, float(recipe["recipe"]["held_out_share"])))
-    return pair, PublicScans(
-        held_out=[volume for volume in volumes if volume.patient_id in unseen],
-        further=[volume for volume in volumes if volume.patient_id not in unseen],
-        description="They were held out of pretraining, by patient",
-    )
+    return pair, split_by_training(volumes, recipe)
 
 
 def _calibrate(

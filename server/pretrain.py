@@ -318,6 +318,9 @@ def pretrain(
             "held_out_patients": len({v.patient_id for v, h in zip(volumes, held_out_N, strict=True) if h}),
             "scans_by_condition": dict(sorted(counts.items())),
             "sha256": fingerprint,
+            "trained_masks_sha256": sorted(
+                {mask_sha256(v.mask) for v, held_out in zip(volumes, held_out_N, strict=True) if not held_out}
+            ),
         },
         "recipe": recipe.to_json(),
         "parameters": {
@@ -573,11 +576,9 @@ def _augmented_latents(
     return torch.cat(pieces), condition_N.repeat(recipe.copies)
 
 
-def public_data_sha256(
-    volumes: Sequence[PublicVolume], table: ConditionTable, *, n_labels: int, preset: ModelPreset
-) -> str:
-    """What a recipe calls its volumes: the same for the same scans. Raises CoordinatorError."""
-    return _data_sha256(*_stack(volumes, table, n_labels, preset))
+def mask_sha256(mask_DHW: NDArray[np.uint8]) -> str:
+    """What a recipe calls a scan that it trained on, whatever its condition and the scans beside it."""
+    return _data_sha256(torch.from_numpy(np.ascontiguousarray(mask_DHW, dtype=np.uint8)))
 
 
 def _data_sha256(*tensors: Tensor) -> str:

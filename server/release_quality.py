@@ -8,8 +8,8 @@ Distances are :mod:`server.distribution_distance`'s, by condition; copies are wh
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,16 @@ from server.distribution_distance import (
     FloatArray,
     SetDistance,
     diversity,
+    frechet_distance,
     histogram_distance,
     intensity_histogram,
     kernel_distance,
     set_distance,
     volume_distance,
 )
-from server.pretrain import PublicVolume
+from server.pretrain import PublicVolume, mask_sha256
+from server.public_segmenter import default_segmenter_schedule
+from server.segmenter_utility import SegmenterScore, segmenter_scores
 from shared.errors import CoordinatorError, UsageError
 from shared.generation import (
     BundleMetadata,
@@ -48,6 +51,8 @@ from shared.volumes.plausibility import Fault
 
 MIN_REAL = 3
 """Fewer held-out scans of a condition carry no figure."""
+PLANES = ("sagittal", "coronal", "axial")
+"""Across D, H and W of the canonical grid."""
 MAX_TRIED = 4
 """Times the number of scans asked for, before a condition is left with what is there."""
 BATCH_SIZE = 16
@@ -70,6 +75,31 @@ class PublicScans:
     held_out: Sequence[PublicVolume]
     further: Sequence[PublicVolume]
     description: str
+
+
+def split_by_training(volumes: Sequence[PublicVolume], recipe: Mapping[str, Any]) -> PublicScans:
+    """Hold against a release the patients of whom pretraining saw no scan, known by the scans' masks.
+
+    Args:
+        recipe: Of the study's public networks.
+
+    Raises:
+        CoordinatorError: the recipe does not say what its networks were trained on.
+    """
+    trained = set(recipe["data"].get("trained_masks_sha256", ()))
+    if not trained:
+        raise CoordinatorError(
+            "the recipe does not say which scans the public networks were trained on",
+            remedy="pretrain again, or evaluate with --simulated where the networks are the shipped ones",
+        )
+    seen = {volume.patient_id for volume in volumes if mask_sha256(volume.mask) in trained}
+    return PublicScans(
+        held_out=[volume for volume in volumes if volume.patient_id not in seen],
+        further=[volume for volume in volumes if volume.patient_id in seen],
+        description="Pretraining was given no scan of these patients"
+        if not seen
+        else "Pretraining did not train on any scan of these patients",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +163,7 @@ class ReleaseQuality:
         verified: Whether the bundle passed the officer's checks (without an outside key).
         copies: The audit's figure as it was released, recomputed from the pooled counts; None where the
             bundle's evidence does not verify.
+        segmenters: What segmenters learn from the samples; empty where that was not asked for.
     """
 
     study_id: str
@@ -146,6 +177,7 @@ class ReleaseQuality:
     copies: AuditFigure | None
     copy_distance: float
     conditions: tuple[ConditionQuality, ...]
+    segmenters: tuple[SegmenterScore, ...]
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -167,6 +199,7 @@ class ReleaseQuality:
             else {"status": self.copies.status, "text": self.copies.text},
             "copy_distance": self.copy_distance,
             "conditions": [quality.to_dict() for quality in self.conditions],
+            "segmenters": [score.to_dict() for score in self.segmenters],
         }
 
 
@@ -177,6 +210,7 @@ def evaluate_release(
     copy_embedding: Path | None,
     count: int,
     seed: int,
+    segmenter_steps: int = 0,
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> ReleaseQuality:
@@ -187,6 +221,8 @@ def evaluate_release(
         copy_embedding: Weights of the embedding that the plan names; None measures nothing in it.
         count: Plausible samples by condition, at least 8.
         seed: Public seed; the samples are those that ``lacuna generate`` gives.
+        segmenter_steps: Of each training of :func:`server.segmenter_utility.segmenter_scores`; 0 leaves it
+            out.
 
     Raises:
         UsageError: too few samples, or no public scan that was held out.
@@ -210,6 +246,18 @@ def evaluate_release(
     copies = None
     if examined.evidence is not None and examined.report.passed:
         copies = next((f for f in audit_figures(examined.evidence) if f.name == "copies"), None)
+    conditions = tuple(evaluation.condition(name, progress) for name in generator.metadata.conditions)
+    segmenters: tuple[SegmenterScore, ...] = ()
+    if segmenter_steps:
+        segmenters = segmenter_scores(
+            evaluation.all_samples(),
+            further=public.further,
+            held_out=public.held_out,
+            labels=generator.metadata.labels,
+            schedule=replace(default_segmenter_schedule(seed=seed), steps=segmenter_steps),
+            device=device,
+            progress=progress,
+        )
     return ReleaseQuality(
         study_id=plan.study_id,
         bundle_sha256=examined.report.bundle_sha256,
@@ -221,7 +269,8 @@ def evaluate_release(
         public=public,
         copies=copies,
         copy_distance=plan.audit.copy_distance,
-        conditions=tuple(evaluation.condition(name, progress) for name in generator.metadata.conditions),
+        conditions=conditions,
+        segmenters=segmenters,
     )
 
 
@@ -253,9 +302,17 @@ class _Evaluation:
         )
         self._conditions = np.array([volume.condition for volume in everybody])
         self._held_out = np.arange(len(everybody)) < len(public.held_out)
+        self._planes = None if self._seen_by_autoencoder is None else self._slices(self._seen_by_autoencoder)
+        self._sampled: list[ImagesAndMasks] = []
+
+    def all_samples(self) -> ImagesAndMasks:
+        """The plausible samples of all conditions measured so far."""
+        images, masks = zip(*self._sampled, strict=True)
+        return np.concatenate(images), np.concatenate(masks)
 
     def condition(self, name: str, progress: Progress | None) -> ConditionQuality:
         images, masks, indices, tried, rejected = self._samples(name, progress)
+        self._sampled.append((images, masks))
         real = self._held_out & (self._conditions == name)
         other = ~self._held_out & (self._conditions == name)
         enough = int(real.sum()) >= MIN_REAL
@@ -264,10 +321,20 @@ class _Evaluation:
         embedded_NE = self._embed((images, masks)) if self._embedding is not None else None
         if enough:
             distances = self._distances((images, masks), real_scans, other_scans)
+            if self._planes is not None:
+                distances += [
+                    set_distance(
+                        f"Frechet distance of {plane} slices", "", frechet_distance,
+                        real=public_NSC[real], synthetic=slices_NSC, other_real=public_NSC[other],
+                    )
+                    for plane, public_NSC, slices_NSC in zip(
+                        PLANES, self._planes, self._slices((images, masks)), strict=True
+                    )
+                ]  # fmt: skip
             if embedded_NE is not None and self._embedded_NE is not None:
                 distances.append(
                     set_distance(
-                        "kernel distance in the copy check's embedding", "", kernel_distance,
+                        "kernel distance (KID, squared MMD)", "", kernel_distance,
                         real=self._embedded_NE[real], synthetic=embedded_NE,
                         other_real=self._embedded_NE[other],
                     )
@@ -392,6 +459,16 @@ class _Evaluation:
             shown = (image[:, None], mask.long())
             pieces.append(self._embedding(*(mirrored(*shown) if views else shown)))
         return torch.cat(pieces).double().numpy()
+
+    @torch.no_grad()
+    def _slices(self, scans: ImagesAndMasks) -> list[FloatArray]:
+        """The embedding's features of slices, for each of :data:`PLANES`: [N, slices, channels]."""
+        assert self._embedding is not None
+        pieces = []
+        for i in range(0, len(scans[0]), BATCH_SIZE):
+            image, mask = (torch.from_numpy(array[i : i + BATCH_SIZE]) for array in scans)
+            pieces.append(self._embedding.plane_features(image[:, None], mask.long()))
+        return [torch.cat(plane).double().numpy() for plane in zip(*pieces, strict=True)]
 
     def _decoded(self, scans: ImagesAndMasks) -> ImagesAndMasks:
         """Scans as the autoencoder gives them back: like samples, and like what the embedding trained on."""

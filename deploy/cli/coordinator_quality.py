@@ -18,6 +18,13 @@ from shared.errors import CoordinatorError, UsageError
 @click.option("--bundle", type=PathType, help="Another bundle of the study than the one released here.")
 @click.option("--count", type=click.IntRange(8, 100_000), default=60, show_default=True, help="By condition.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option(
+    "--segmenter-steps",
+    type=click.IntRange(0, 100_000),
+    default=0,
+    show_default=True,
+    help="Also train segmenters on synthetic scans, public ones and both, and test them (300 take minutes).",
+)
 @click.option("--report", type=PathType, help="Write a page with figures and pictures here (HTML).")
 @click.option("--device", default="cpu", show_default=True, help="Torch device.")
 @json_option
@@ -32,6 +39,7 @@ def evaluate(
     bundle: Path | None,
     count: int,
     seed: int,
+    segmenter_steps: int,
     report: Path | None,
     device: str,
     as_json: bool,
@@ -65,6 +73,7 @@ def evaluate(
             copy_embedding=pair.copy_embedding_path,
             count=count,
             seed=seed,
+            segmenter_steps=segmenter_steps,
             device=device,
             progress=progress,
         )
@@ -93,6 +102,15 @@ def evaluate(
         rows.append([name, "MS-SSIM of two scans", f"{alike.synthetic:.3f}", interval, real])
     columns = ("condition", "figure", "synthetic", "95% interval", "real against real")
     print_table(f"{quality.study_id}: synthetic against public scans", columns, rows)
+    if quality.segmenters:
+        print_table(
+            "segmenters, tested on the public scans that were held out",
+            ("trained on", "scans", "label", "Dice", "95% interval"),
+            [
+                [s.trained_on, str(s.n_scans), s.label, f"{s.dice:.3f}", f"{s.low:.3f} to {s.high:.3f}"]
+                for s in quality.segmenters
+            ],
+        )
     n_patients = len({volume.patient_id for volume in scans.held_out})
     click.echo(f"{len(scans.held_out)} public scans of {n_patients} patients. {scans.description}.")
     if not quality.verified:

@@ -69,11 +69,27 @@ class CopyEmbedding(nn.Module):
         Raises:
             UsageError: an edge of the grid is odd.
         """
+        maps = self._maps(image_B1DHW, mask_BDHW)
+        return F.normalize(self.head(F.adaptive_avg_pool3d(maps, _POOLED).flatten(1)), dim=1)
+
+    def plane_features(self, image_B1DHW: Tensor, mask_BDHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Features of slices: the last layer's maps, averaged over each plane; [B, slices, channels].
+
+        The planes are those across D, H and W. Arguments and errors as in :meth:`forward`.
+        """
+        maps = self._maps(image_B1DHW, mask_BDHW)
+        across_d, across_h, across_w = (
+            maps.mean(dim=tuple(other for other in (2, 3, 4) if other != axis)).movedim(1, 2)
+            for axis in (2, 3, 4)
+        )
+        return across_d, across_h, across_w
+
+    def _maps(self, image_B1DHW: Tensor, mask_BDHW: Tensor) -> Tensor:
         if any(side % _EDGE for side in image_B1DHW.shape[2:]):
             raise UsageError(f"grid {tuple(image_B1DHW.shape[2:])}: the copy embedding needs even edges")
         x = torch.cat([standardised(image_B1DHW), self.label_shares(mask_BDHW).to(image_B1DHW.dtype)], dim=1)
-        x = F.adaptive_avg_pool3d(self.network(space_to_depth(x, _EDGE)), _POOLED)
-        return F.normalize(self.head(x.flatten(1)), dim=1)
+        maps: Tensor = self.network(space_to_depth(x, _EDGE))
+        return maps
 
     def label_shares(self, mask: Tensor) -> Tensor:
         """One channel for each label above background, [B, K, D, H, W]."""

@@ -15,15 +15,15 @@ from server.pretrain import (
     PublicVolume,
     _held_out_rows,
     default_recipe,
+    held_out_patients,
+    mask_sha256,
     pretrain,
     pretrain_micro,
-    public_data_sha256,
     public_phantoms,
     recipe_covariates,
 )
 from shared.checkpoint import file_sha256
 from shared.errors import CoordinatorError, UsageError
-from shared.model.conditioning import ConditionTable
 from shared.model.denoiser import build_denoiser
 from shared.model.presets import PRESETS, preset_named
 from shared.model.shipped import PretrainedPair, read_pair
@@ -69,10 +69,9 @@ def test_it_writes_a_pair_that_reads_back_with_its_recipe(
     assert read_pair(tmp_path).recipe == json.loads(json.dumps(pair.recipe))
     recipe = pair.recipe
     assert recipe["conditions_never_seen"] == ["rare"]
-    table = ConditionTable(CONDITIONS)
-    sha256 = public_data_sha256(volumes, table, n_labels=2, preset=SMALL)
-    assert sha256 == recipe["data"]["sha256"]
-    assert sha256 != public_data_sha256(volumes[1:], table, n_labels=2, preset=SMALL)
+    unseen = set(held_out_patients([volume.patient_id for volume in volumes], RECIPE.held_out_share))
+    trained = {mask_sha256(volume.mask) for volume in volumes if volume.patient_id not in unseen}
+    assert recipe["data"]["trained_masks_sha256"] == sorted(trained) and len(trained) >= 5
     assert recipe["data"]["patients"] == 6 and recipe["data"]["held_out_patients"] == 1
     assert set(recipe["autoencoder_held_out"]) == {"l1", "texture", "dice_organ", "dice_lesion"}
     assert [step for step, _ in recipe["prior_held_out_loss"]["by_step"]] == [1, 2, 3, 4, 5, 6]

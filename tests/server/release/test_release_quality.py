@@ -10,29 +10,41 @@ import io
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from headless_chromium import find_chromium
+from monai.metrics.fid import get_fid_score
 from PIL import Image
 from release_study import make_study
 
+from client.ingest.phantoms import write_phantom_folder
 from deploy.cli.main import cli
+from deploy.public_networks import PublicSource, read_public
 from server.distribution_distance import (
     diversity,
+    frechet_distance,
     histogram_distance,
     intensity_histogram,
     kernel_distance,
     set_distance,
     volume_distance,
 )
-from server.pretrain import public_phantoms
+from server.pretrain import PublicVolume, mask_sha256, public_phantoms
+from server.public_segmenter import default_segmenter_schedule
 from server.quality_page import quality_page
-from server.release_quality import PublicScans, ReleaseQuality, evaluate_release
+from server.release_quality import PublicScans, ReleaseQuality, evaluate_release, split_by_training
+from server.segmenter_utility import SegmenterScore, segmenter_scores
 from shared.errors import CoordinatorError, UsageError
+from shared.model.copy_embedding import load_copy_embedding
+from shared.model.presets import preset_named
 from shared.model.shipped import shipped_pair
+from shared.volumes.canonical_grid import CanonicalGrid
+from shared.volumes.phantom import simulate_cohort
 
 RNG = np.random.default_rng(5)
 EMBEDDING = shipped_pair("micro").copy_embedding_path
@@ -74,7 +86,10 @@ def test_figures_by_condition_beside_their_floor(quality: ReleaseQuality, scans:
         "intensities of the whole image",
         "intensities of organ",
         "intensities of lesion",
-        "kernel distance in the copy check's embedding",
+        "Frechet distance of sagittal slices",
+        "Frechet distance of coronal slices",
+        "Frechet distance of axial slices",
+        "kernel distance (KID, squared MMD)",
     ]
     for distance in common.distances:
         assert distance.floor is not None and distance.low <= distance.high
@@ -130,10 +145,44 @@ def test_the_command_prints_a_table_json_and_a_page(
     refused = CliRunner().invoke(cli, command)
     assert refused.exit_code != 0 and "one of --nifti" in str(refused.exception)
     page = tmp_path / "page.html"
-    told = CliRunner().invoke(cli, [*command, "--simulated", "--report", str(page)], catch_exceptions=False)
+    told = CliRunner().invoke(
+        cli,
+        [*command, "--simulated", "--segmenter-steps", "5", "--report", str(page)],
+        catch_exceptions=False,
+    )
     assert told.exit_code == 0 and "synthetic against public scans" in told.output
     assert "copies, as released: " in told.output
     assert "Condition rare" in page.read_text(encoding="utf-8")
+    assert "segmenters, tested on" in told.output and "What a segmenter learns" in page.read_text()
+
+
+@pytest.mark.slow
+def test_the_command_reads_a_folder_of_nifti_and_leaves_out_what_pretraining_saw(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shipped networks, with a recipe that names half of the folder's patients as trained on."""
+    monkeypatch.setenv("LACUNA_HOME", str(tmp_path))
+    public, folder = tmp_path / "coordinator" / "s" / "public", tmp_path / "nifti"
+    shutil.copytree(shipped_pair("micro").prior_path.parent, public)
+    cohort = simulate_cohort(n_patients=12, conditions_fractions={"common": 1.0}, seed=33)
+    write_phantom_folder(cohort, folder, spacing_mm=(4.0, 4.0, 4.0))
+    preset = preset_named("micro")
+    grid = CanonicalGrid(shape=preset.grid_shape, spacing_mm=preset.spacing_mm)
+    source = PublicSource(nifti=folder, decathlon=None, patients=None, only=None, volume_cut_mm3=None)
+    read = read_public(source, grid, conditions=("common", "rare"), labels=("organ", "lesion"))
+    trained = sorted({volume.patient_id for volume in read})[:6]
+    command = ["coordinator", "evaluate", "--study", "s", "--bundle", str(bundle), "--count", "8"]
+    command += ["--nifti", str(folder), "--json"]
+    unsure = CliRunner().invoke(cli, command)
+    assert unsure.exit_code != 0 and "does not say" in str(unsure.exception)
+    recipe = json.loads((public / "recipe.json").read_text())
+    masks = [mask_sha256(volume.mask) for volume in read if volume.patient_id in trained]
+    recipe["data"]["trained_masks_sha256"] = masks
+    (public / "recipe.json").write_text(json.dumps(recipe))
+    told = CliRunner().invoke(cli, command, catch_exceptions=False)
+    figures = json.loads(told.stdout)["public_scans"]
+    assert figures["held_out_patients"] == 6 and figures["further"] == len(masks)
+    assert figures["held_out"] + figures["further"] == len(read)
 
 
 def test_what_cannot_be_measured_is_refused(bundle: Path, scans: PublicScans, tmp_path: Path) -> None:
@@ -164,6 +213,66 @@ def test_distances_know_alike_from_apart() -> None:
     assert abs(same) < 0.02 < 0.2 < apart
     twice = unit(0, 40)
     assert kernel_distance(np.repeat(twice, 2, axis=0), twice) == pytest.approx(kernel_distance(twice, twice))
+
+
+def test_the_frechet_distance_is_monais_and_that_of_known_distributions() -> None:
+    far = np.zeros(8)
+    far[0] = 2.0
+    real, same = RNG.standard_normal((300, 6, 8)), RNG.standard_normal((300, 6, 8))
+    moved, wider = same + far, 3.0 * same
+    theirs = get_fid_score(torch.from_numpy(moved.reshape(-1, 8)), torch.from_numpy(real.reshape(-1, 8)))
+    assert frechet_distance(real, moved) == pytest.approx(float(theirs), rel=1e-4)
+    assert frechet_distance(real, real) == pytest.approx(0.0, abs=1e-9)
+    assert frechet_distance(real, same) < 0.05
+    # |m - n|^2 = 4; sum over 8 directions of (3 - 1)^2.
+    assert frechet_distance(real, moved) == pytest.approx(4.0, abs=0.4)
+    assert frechet_distance(real, wider) == pytest.approx(32.0, rel=0.1)
+    assert np.isfinite(frechet_distance(real[:1, :3], same[:1, :2])), "fewer slices than channels"
+
+
+def test_slices_are_told_apart_by_their_plane() -> None:
+    embedding = load_copy_embedding(EMBEDDING, n_labels=2)
+    assert embedding is not None
+    image, mask = torch.zeros((1, 1, 24, 24, 24)), torch.zeros((1, 24, 24, 24), dtype=torch.long)
+    image[:, :, 4:8] = 1.0
+    planes = embedding.plane_features(image, mask)
+    assert all(plane.shape == (1, 6, 64) for plane in planes)
+    spread = [float(plane.std(dim=1).mean()) for plane in planes]
+    assert spread[0] > 1.5 * max(spread[1:]), "a slab across D differs from slice to slice along D"
+
+
+def test_pretraining_scans_are_known_whatever_is_given_with_them(scans: PublicScans) -> None:
+    volumes = [*scans.held_out, *(replace(v, patient_id=f"other {v.patient_id}") for v in scans.further)]
+    several = [v.patient_id for v in volumes]
+    seen = next(patient for patient in several if several.count(patient) > 1 and patient.startswith("other"))
+    # One scan of the patient is enough; other conditions and a subset of the scans change nothing.
+    others = [replace(volume, condition="rare") for volume in volumes if volume.patient_id == seen]
+    recipe = {"data": {"trained_masks_sha256": [mask_sha256(others[1].mask)]}}
+    found = split_by_training([*others, *scans.held_out], recipe)
+    assert list(found.further) == others and list(found.held_out) == list(scans.held_out)
+    with pytest.raises(CoordinatorError, match="does not say"):
+        split_by_training(volumes, {"data": {}})
+
+
+def test_a_segmenter_learns_from_scans_and_not_from_wrong_masks(scans: PublicScans) -> None:
+    images = np.stack([volume.image for volume in scans.further])
+    masks = np.stack([volume.mask for volume in scans.further])
+    schedule = replace(default_segmenter_schedule(seed=1), steps=60)
+
+    def dice(masks_NDHW: np.ndarray, further: list[PublicVolume]) -> dict[str, SegmenterScore]:
+        scores = segmenter_scores(
+            (images, masks_NDHW), further=further, held_out=scans.held_out, labels=("organ", "lesion"),
+            schedule=schedule,
+        )  # fmt: skip
+        return {f"{score.trained_on}: {score.label}": score for score in scores}
+
+    good, wrong = dice(masks, []), dice(np.roll(masks, 9, axis=1), list(scans.further))
+    assert set(good) == {"synthetic scans: organ", "synthetic scans: lesion"} and len(wrong) == 6
+    organ = good["synthetic scans: organ"]
+    assert organ.low <= organ.dice <= organ.high and organ.n_scans == len(images)
+    assert organ.dice > 0.7 > 0.45 > wrong["synthetic scans: organ"].dice
+    assert wrong["public scans: organ"].dice == pytest.approx(organ.dice, abs=1e-6)
+    assert wrong["both: organ"].n_scans == 2 * len(images)
 
 
 def test_intervals_and_floors() -> None:
