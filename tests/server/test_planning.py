@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from small_plan import Keys, plan_document
 
 from privacy.audit.proposal import pooling_outlook
@@ -17,7 +18,7 @@ from server.comparison import Comparison, _paired_interval, compare_with_prior
 from server.planning import PlanChoices, draft_plan
 from shared.checkpoint import file_sha256
 from shared.errors import CoordinatorError, LacunaError, UsageError
-from shared.model.candidate import load_prior, write_candidate
+from shared.model.candidate import candidate_network, load_candidate, load_prior, write_candidate
 from shared.model.denoiser import flatten
 from shared.model.shipped import shipped_pair
 from shared.plan_package import PlanPackage
@@ -206,6 +207,22 @@ def test_the_prior_differs_from_itself_by_nothing_and_from_another_by_something(
     assert figures.difference_mm3 != 0
     assert figures.difference_mm3 == pytest.approx(figures.candidate_mm3 - figures.prior_mm3)
     assert (tmp_path / "sheet.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_audited_is_what_is_written_and_its_null_class_is_public(
+    package: PlanPackage, tmp_path: Path
+) -> None:
+    plan = package.plan
+    prior, parameters = load_prior(plan, package.prior)
+    vector = flatten(parameters) + 1
+    write_candidate(plan, package.prior, vector, tmp_path / "candidate.safetensors")
+    written = load_candidate(plan, tmp_path / "candidate.safetensors")
+    audited = candidate_network(plan, package.prior, vector)
+    for (name, one), other in zip(written.state_dict().items(), audited.state_dict().values(), strict=True):
+        assert torch.equal(one, other), name
+    before, after = (network.unet.class_embedding.table.weight for network in (prior, written))
+    null = prior.null_index
+    assert torch.equal(after[null], before[null]) and torch.allclose(after[:null], before[:null] + 1)
 
 
 @pytest.mark.parametrize(
