@@ -341,7 +341,7 @@ def _effect_curve(axes: Any, jobs: Sequence[Row]) -> None:
     for x in xs:
         axes.plot([x] * len(points[x]), points[x], ".", color="#1b6ca8", alpha=0.4)
     axes.axhline(0.0, color="#edae49", linestyle="--", linewidth=1.2)
-    axes.set_ylim(-5, 70)
+    axes.set_ylim(-5, 105)
     _of_epsilon(axes)
     axes.set_ylabel("volume, rare minus normal, % of real")
     axes.set_title("adrenal: what the rare condition does", fontsize=10)
