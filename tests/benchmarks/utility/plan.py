@@ -197,7 +197,7 @@ def epsilons(cache: Path) -> list[Job]:
     """Other budgets, and mode ``local``."""
     del cache
     changes: list[dict[str, Any]] = [{"epsilon": 1.0}, {"epsilon": 3.0}, {"epsilon": 10.0}]
-    changes += [{"mode": "local"}, {"mode": "local", "epsilon": 1.0}]
+    changes += [{"mode": "local", "epsilon": epsilon} for epsilon in (8.0, 1.0, 3.0, 10.0, None)]
     return [
         _small(cohort, "study", study=replace(SMALL_STUDY, **change), repeats=2)
         for cohort in SMALL
