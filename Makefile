@@ -18,7 +18,7 @@ help:
 	@echo "make test-all  the same with the slow suites"
 	@echo "make check     format, lint, types and import contracts alone"
 	@echo "make bench     benchmarks; tables go to tests/benchmarks/"
-	@echo "make bench-utility  what synthetic scans are worth at each epsilon (about an hour on two cores; goes on where it stopped)"
+	@echo "make bench-utility  what synthetic scans are worth at each epsilon (an hour and a quarter on two cores; goes on where it stopped)"
 	@echo "make clean     remove the virtual environment and caches"
 
 install: $(STAMP)
