@@ -136,20 +136,13 @@ def frechet_distance(real_NSC: FloatArray, synthetic_MSC: FloatArray) -> float:
     |m - n|^2 + tr(A + B - 2 (A B)^(1/2)) with means m, n and covariances A, B of all slices of all scans, in
     features of our own: not comparable with published FIDs, and larger for fewer scans. Read its floor.
     """
-    (mean_a, root_a, a), (mean_b, _, b) = (
-        _moments(x.reshape(-1, x.shape[-1])) for x in (real_NSC, synthetic_MSC)
-    )
+    real, synthetic = (x.reshape(-1, x.shape[-1]) for x in (real_NSC, synthetic_MSC))
+    a, b = (np.atleast_2d(np.cov(x, rowvar=False)) for x in (real, synthetic))
+    values, vectors = np.linalg.eigh(a)
+    root_a = (vectors * np.sqrt(values.clip(min=0.0))) @ vectors.T
     shared = np.linalg.eigvalsh(root_a @ b @ root_a).clip(min=0.0)
-    apart = float(np.square(mean_a - mean_b).sum())
+    apart = float(np.square(real.mean(axis=0) - synthetic.mean(axis=0)).sum())
     return apart + float(np.trace(a) + np.trace(b) - 2.0 * np.sqrt(shared).sum())
-
-
-def _moments(x_NC: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Mean, and covariance with its symmetric root before it."""
-    covariance = np.atleast_2d(np.cov(x_NC, rowvar=False))
-    values, vectors = np.linalg.eigh(covariance)
-    root = (vectors * np.sqrt(values.clip(min=0.0))) @ vectors.T
-    return x_NC.mean(axis=0), root, covariance
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ Distances are :mod:`server.distribution_distance`'s, by condition; copies are wh
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from server.distribution_distance import (
 )
 from server.pretrain import PublicVolume, mask_sha256
 from server.public_segmenter import default_segmenter_schedule
-from server.segmenter_utility import SegmenterScore, segmenter_scores
+from server.segmenter_utility import ImagesAndMasks, Progress, SegmenterScore, segmenter_scores, stacked
 from shared.errors import CoordinatorError, UsageError
 from shared.generation import (
     BundleMetadata,
@@ -56,9 +56,6 @@ PLANES = ("sagittal", "coronal", "axial")
 MAX_TRIED = 4
 """Times the number of scans asked for, before a condition is left with what is there."""
 BATCH_SIZE = 16
-
-Progress = Callable[[str, int, int], None]
-ImagesAndMasks = tuple[NDArray[np.float32], NDArray[np.uint8]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -295,7 +292,7 @@ class _Evaluation:
             bundle, generator.metadata, self._ranges, device=generator.device
         )
         everybody = [*public.held_out, *public.further]
-        self._everybody = _stacked(everybody)
+        self._everybody = stacked(everybody)
         self._seen_by_autoencoder = None if embedding is None else self._decoded(self._everybody)
         self._embedded_NE = (
             None if self._seen_by_autoencoder is None else self._embed(self._seen_by_autoencoder)
@@ -476,10 +473,6 @@ class _Evaluation:
         image, mask = (torch.from_numpy(array) for array in scans)
         shown, drawn = decode_batches(autoencoder, encode_batches(autoencoder, image[:, None], mask))
         return shown[:, 0].numpy(), drawn.numpy().astype(np.uint8)
-
-
-def _stacked(volumes: Sequence[PublicVolume]) -> ImagesAndMasks:
-    return np.stack([volume.image for volume in volumes]), np.stack([volume.mask for volume in volumes])
 
 
 def _histograms(scans: ImagesAndMasks, value: int) -> FloatArray:

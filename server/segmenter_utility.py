@@ -72,10 +72,10 @@ def segmenter_scores(
     """
     sets = {"synthetic scans": synthetic}
     if further:
-        real = np.stack([v.image for v in further]), np.stack([v.mask for v in further])
-        sets["public scans"] = real
+        sets["public scans"] = real = stacked(further)
         sets["both"] = _joined(synthetic, real)
     sizes = {"both": len(synthetic[0]) + len(further)}
+    tested, _ = stacked(held_out)
     scores = []
     for name, (images, masks) in sets.items():
         image_N1DHW, mask_NDHW = torch.from_numpy(images)[:, None], torch.from_numpy(masks)
@@ -85,7 +85,7 @@ def segmenter_scores(
             augmentation=SEGMENTER_AUGMENTATION, disguises=SEGMENTER_DISGUISES,
             progress=_steps(f"segmenter on {name}", progress),
         )  # fmt: skip
-        found = segmenter.eval().segment(np.stack([v.image for v in held_out]).astype(np.float32))
+        found = segmenter.eval().segment(tested)
         rows = [label_dice(v.mask, seen, labels) for v, seen in zip(held_out, found, strict=True)]
         for label in labels:
             mean, low, high = _by_patient(
@@ -98,6 +98,11 @@ def segmenter_scores(
                 )
             )  # fmt: skip
     return tuple(scores)
+
+
+def stacked(volumes: Sequence[PublicVolume]) -> ImagesAndMasks:
+    """image_NDHW and mask_NDHW of public scans."""
+    return np.stack([volume.image for volume in volumes]), np.stack([volume.mask for volume in volumes])
 
 
 def _joined(one: ImagesAndMasks, other: ImagesAndMasks) -> ImagesAndMasks:
